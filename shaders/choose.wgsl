@@ -1,0 +1,101 @@
+// choose: the most likely tokens of each row and their log-probabilities; moves the sequence on by one.
+//
+//   one workgroup a row
+//   lse = log sum exp(logits), over the whole vocabulary
+//   for n in 0 .. CANDIDATES: the greatest allowed logit below the last one found, in the order
+//     (logit falling, token rising), so that ties go to the lower token and nothing is written over
+//   greedy: the first one is the next step's input
+//
+// A NaN logit is never chosen and spoils the log-probabilities of its row, which the host reports.
+struct Params { rows: u32, vocab: u32, mask_words: u32, pad: u32 }
+@group(0) @binding(0) var<uniform> P: Params;
+@group(0) @binding(1) var<storage, read> logits: array<f32>;                // [R, V]
+@group(0) @binding(2) var<storage, read> allowed: array<u32>;               // [2, words]: first token, later ones
+@group(0) @binding(3) var<storage, read_write> lengths: array<u32>;         // [R]
+@group(0) @binding(4) var<storage, read_write> chosen: array<u32>;          // [R, CANDIDATES, 2]: token, log-probability
+@group(0) @binding(5) var<storage, read_write> ids: array<u32>;             // [R], the next step's input
+
+const THREADS = 256u;
+const NEVER = -1.0e30;
+var<workgroup> wg_value: array<f32, 256>;
+var<workgroup> wg_token: array<u32, 256>;
+var<workgroup> wg_part_value: array<f32, 16>;
+var<workgroup> wg_part_token: array<u32, 16>;
+
+// Reduces `name` over the workgroup: 16 threads take 16 values each, then every thread takes those 16.
+{% macro reduce(name, operation) %}
+    wg_value[thread] = {{ name }};
+    workgroupBarrier();
+    if (thread < 16u) {
+        var part = wg_value[thread * 16u];
+        for (var n = 1u; n < 16u; n += 1u) { part = {{ operation[0] }}part{{ operation[1] }}wg_value[thread * 16u + n]{{ operation[2] }}; }
+        wg_part_value[thread] = part;
+    }
+    workgroupBarrier();
+    {{ name }} = wg_part_value[0];
+    for (var n = 1u; n < 16u; n += 1u) { {{ name }} = {{ operation[0] }}{{ name }}{{ operation[1] }}wg_part_value[n]{{ operation[2] }}; }
+{% endmacro %}
+
+@compute @workgroup_size(256)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let row = group.y * groups.x + group.x;
+    if (row >= P.rows) { return; }
+    let at = row * P.vocab;
+    let length = lengths[row];
+    let mask_at = select(P.mask_words, 0u, length == 1u);
+
+    var top = NEVER;
+    for (var n = thread; n < P.vocab; n += THREADS) { top = max(top, logits[at + n]); }
+{{ reduce("top", ["max(", ", ", ")"]) }}    var sum = 0.0;
+    for (var n = thread; n < P.vocab; n += THREADS) { sum += exp(max(logits[at + n] - top, -80.0)); }
+{{ reduce("sum", ["", " + ", ""]) }}    let lse = top + log(sum);
+
+    var last_value = -NEVER;
+    var last_token = 0u;
+    for (var candidate = 0u; candidate < {{ CANDIDATES }}u; candidate += 1u) {
+        var value = NEVER;
+        var token = P.vocab;
+        for (var n = thread; n < P.vocab; n += THREADS) {
+            let x = logits[at + n];
+            let open = ((allowed[mask_at + n / 32u] >> (n % 32u)) & 1u) != 0u;
+            let below = x < last_value || (x == last_value && n > last_token);
+            if (open && below && (x > value || (x == value && n < token))) {
+                value = x;
+                token = n;
+            }
+        }
+        wg_value[thread] = value;
+        wg_token[thread] = token;
+        workgroupBarrier();
+        if (thread < 16u) {
+            for (var n = thread * 16u; n < thread * 16u + 16u; n += 1u) {
+                if (wg_value[n] > value || (wg_value[n] == value && wg_token[n] < token)) {
+                    value = wg_value[n];
+                    token = wg_token[n];
+                }
+            }
+            wg_part_value[thread] = value;
+            wg_part_token[thread] = token;
+        }
+        workgroupBarrier();
+        for (var n = 0u; n < 16u; n += 1u) {
+            if (wg_part_value[n] > value || (wg_part_value[n] == value && wg_part_token[n] < token)) {
+                value = wg_part_value[n];
+                token = wg_part_token[n];
+            }
+        }
+        if (thread == 0u) {
+            let slot = (row * {{ CANDIDATES }}u + candidate) * 2u;
+            chosen[slot] = token;
+            chosen[slot + 1u] = bitcast<u32>(value - lse);
+            if (candidate == 0u) { ids[row] = min(token, P.vocab - 1u); }
+        }
+        last_value = value;
+        last_token = token;
+    }
+    if (thread == 0u) { lengths[row] = length + 1u; }
+}

@@ -1,0 +1,42 @@
+// matmul: Y = activate(X W + bias) + residual for many rows.
+//
+//   workgroup: 16 threads along N x 4 along M; a thread: ROWS rows x 4 columns, all in registers
+//     for k in 0 .. K by 4: load 4 vec4 of W (16 threads read 256 bytes in a row), ROWS vec4 of X
+//                           (the same for 16 threads): 16 ROWS multiply-adds for 4 + ROWS loads
+//
+// No workgroup memory: W is read coalesced and X by broadcast, both from the first-level cache.
+{% include "shared/linear.wgsl" %}
+
+const ROWS = {{ ROWS }}u;
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let quads = (P.n + 3u) / 4u;
+    let quad_blocks = (quads + 15u) / 16u;
+    let row_blocks = (P.m + 4u * ROWS - 1u) / (4u * ROWS);
+    let index = group.y * groups.x + group.x;
+    if (index >= quad_blocks * row_blocks) { return; }
+    let quad = (index % quad_blocks) * 16u + thread % 16u;
+    let row = (index / quad_blocks) * 4u * ROWS + (thread / 16u) * ROWS;
+    if (quad >= quads || row >= P.m) { return; }
+{% for r in range(ROWS) %}
+    let row_{{ r }} = min(row + {{ r }}u, P.m - 1u);
+    var sum_{{ r }} = vec4<f32>();
+{% endfor %}
+    for (var k = 0u; k < P.k; k += 4u) {
+{% for e in range(4) %}
+        let w_{{ e }} = load_w(k + {{ e }}u, quad);
+{% endfor %}
+{% for r in range(ROWS) %}
+        let x_{{ r }} = load_x(row_{{ r }}, k);
+        sum_{{ r }} += x_{{ r }}.x * w_0 + x_{{ r }}.y * w_1 + x_{{ r }}.z * w_2 + x_{{ r }}.w * w_3;
+{% endfor %}
+    }
+{% for r in range(ROWS) %}
+    if (row + {{ r }}u < P.m) { store_y(row + {{ r }}u, quad, sum_{{ r }}); }
+{% endfor %}
+}

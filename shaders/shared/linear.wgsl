@@ -1,0 +1,49 @@
+// What the matrix products share: Y [M, N] = activate(X [M, K] W [K, N] + bias) + residual. W's rows are
+// padded to whole vec4s. X's rows are read as vec4s where K allows.
+{% if F16 %}
+enable f16;
+{% endif %}
+struct Params { m: u32, n: u32, k: u32, w_stride: u32 }
+@group(0) @binding(0) var<uniform> P: Params;
+@group(0) @binding(1) var<storage, read> x: array<{{ "vec4<" ~ T ~ ">" if VEC == 4 else T }}>;
+@group(0) @binding(2) var<storage, read> w: array<vec4<{{ W_TYPE }}>>;
+@group(0) @binding(3) var<storage, read_write> y: array<{{ O_TYPE }}>;
+{% set optional = (["bias: array<f32>"] if HAS_BIAS else []) + (["residual: array<" ~ T ~ ">"] if HAS_RESIDUAL else []) %}
+{% for declaration in optional %}
+@group(0) @binding({{ 3 + loop.index }}) var<storage, read> {{ declaration }};
+{% endfor %}
+
+{% include "shared/activation.wgsl" %}
+
+// Four elements of row `row` of X from column `k` on; zeros past its end.
+fn load_x(row: u32, k: u32) -> vec4<f32> {
+{% if VEC == 4 %}
+    return vec4<f32>(x[(row * P.k + k) / 4u]);
+{% else %}
+    var value = vec4<f32>();
+    let at = row * P.k + k;
+    if (k < P.k) { value.x = f32(x[at]); }
+    if (k + 1u < P.k) { value.y = f32(x[at + 1u]); }
+    if (k + 2u < P.k) { value.z = f32(x[at + 2u]); }
+    if (k + 3u < P.k) { value.w = f32(x[at + 3u]); }
+    return value;
+{% endif %}
+}
+
+// Row `k` of W at the quad of columns `quad`; rows past the end repeat the last, where X is zero.
+fn load_w(k: u32, quad: u32) -> vec4<f32> {
+    return vec4<f32>(w[{{ "k" if VEC == 4 else "min(k, P.k - 1u)" }} * (P.w_stride / 4u) + quad]);
+}
+
+fn store_y(row: u32, quad: u32, sum: vec4<f32>) {
+    let n = quad * 4u;
+    var value = sum;
+{% if HAS_BIAS %}
+    value += vec4<f32>(bias[n], bias[n + 1u], bias[n + 2u], bias[n + 3u]);
+{% endif %}
+    value = activate(value);
+    let at = row * P.n + n;
+{% for e in range(4) %}
+    if (n + {{ e }}u < P.n) { y[at + {{ e }}u] = {{ O_TYPE }}(value[{{ e }}]{% if HAS_RESIDUAL %} + f32(residual[at + {{ e }}u]){% endif %}); }
+{% endfor %}
+}

@@ -1,0 +1,110 @@
+//! What a device can do, as plain data: plans are made from it, tests narrow it.
+
+/// One square cooperative-matrix shape the adapter reports, as text for people and plans.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CoopShape {
+    /// Rows of A and C.
+    pub m: u32,
+    /// Columns of B and C.
+    pub n: u32,
+    /// Columns of A, rows of B.
+    pub k: u32,
+    /// Type of A and B.
+    pub ab: String,
+    /// Type of C and of the result.
+    pub cr: String,
+}
+
+/// The powers and limits of a device. Sizes are in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caps {
+    /// The adapter's name.
+    pub name: String,
+    /// `f16` in shaders and in storage buffers.
+    pub f16: bool,
+    /// Smallest and largest subgroup size, where subgroup operations exist.
+    pub subgroups: Option<(u32, u32)>,
+    /// Cooperative-matrix shapes.
+    pub cooperative: Vec<CoopShape>,
+    /// Timestamps at the edges of compute passes.
+    pub timestamps: bool,
+    /// Workgroup memory.
+    pub workgroup_memory: u32,
+    /// Threads in a workgroup.
+    pub invocations: u32,
+    /// Storage buffers one kernel may bind.
+    pub storage_buffers: u32,
+    /// Largest storage binding.
+    pub max_binding: u64,
+    /// Largest buffer.
+    pub max_buffer: u64,
+    /// Workgroups along one dimension of a grid.
+    pub max_groups: u32,
+    /// Alignment of a uniform binding's offset.
+    pub uniform_align: u32,
+    /// Alignment of a storage binding's offset.
+    pub storage_align: u32,
+}
+
+impl Caps {
+    pub(crate) fn new(
+        info: wgpu::AdapterInfo,
+        features: wgpu::Features,
+        limits: wgpu::Limits,
+        cooperative: Vec<CoopShape>,
+    ) -> Self {
+        Caps {
+            name: info.name,
+            f16: features.contains(wgpu::Features::SHADER_F16),
+            subgroups: features
+                .contains(wgpu::Features::SUBGROUP)
+                .then_some((info.subgroup_min_size, info.subgroup_max_size)),
+            cooperative,
+            timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            workgroup_memory: limits.max_compute_workgroup_storage_size,
+            invocations: limits.max_compute_invocations_per_workgroup,
+            storage_buffers: limits.max_storage_buffers_per_shader_stage,
+            max_binding: limits.max_storage_buffer_binding_size,
+            max_buffer: limits.max_buffer_size,
+            max_groups: limits.max_compute_workgroups_per_dimension,
+            uniform_align: limits.min_uniform_buffer_offset_alignment,
+            storage_align: limits.min_storage_buffer_offset_alignment,
+        }
+    }
+
+    /// These powers without `f16`.
+    pub fn without_f16(&self) -> Self {
+        Caps {
+            f16: false,
+            ..self.clone()
+        }
+    }
+
+    /// These powers without subgroup operations.
+    pub fn without_subgroups(&self) -> Self {
+        Caps {
+            subgroups: None,
+            ..self.clone()
+        }
+    }
+
+    /// These powers cut down to what every WebGPU implementation grants, without optional features.
+    pub fn browser(&self) -> Self {
+        let least = wgpu::Limits::default();
+        Caps {
+            name: self.name.clone(),
+            f16: false,
+            subgroups: None,
+            cooperative: Vec::new(),
+            timestamps: false,
+            workgroup_memory: least.max_compute_workgroup_storage_size.min(self.workgroup_memory),
+            invocations: least.max_compute_invocations_per_workgroup.min(self.invocations),
+            storage_buffers: least.max_storage_buffers_per_shader_stage.min(self.storage_buffers),
+            max_binding: least.max_storage_buffer_binding_size.min(self.max_binding),
+            max_buffer: least.max_buffer_size.min(self.max_buffer),
+            max_groups: least.max_compute_workgroups_per_dimension.min(self.max_groups),
+            uniform_align: least.min_uniform_buffer_offset_alignment.max(self.uniform_align),
+            storage_align: least.min_storage_buffer_offset_alignment.max(self.storage_align),
+        }
+    }
+}

@@ -1,0 +1,417 @@
+//! The device: made here or lent by the caller, its powers, its kernels and its memory. `wgpu` is
+//! spoken in this folder alone.
+
+mod adapter;
+mod caps;
+mod pipeline_cache;
+mod recorder;
+mod shader;
+mod stats;
+mod tensor;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use adapter::{AdapterReport, DEVICE_VARIABLE, adapters};
+pub use caps::{Caps, CoopShape};
+pub use recorder::{Recorder, Recording};
+pub use shader::{Constant, Shader, templates};
+pub use stats::Counters;
+pub use tensor::{DType, Tensor};
+
+use crate::{Error, Result};
+use stats::Stats;
+use tensor::Storage;
+
+/// A device with its compiled kernels. Cloning shares it.
+#[derive(Clone)]
+pub struct Gpu(Arc<Inner>);
+
+struct Inner {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    caps: Caps,
+    templates: minijinja::Environment<'static>,
+    pipelines: Mutex<HashMap<Shader, wgpu::ComputePipeline>>,
+    cache: Option<pipeline_cache::DiskCache>,
+    stats: Arc<Stats>,
+    trouble: Arc<Mutex<Trouble>>,
+}
+
+/// What the device told out of turn.
+#[derive(Default)]
+struct Trouble {
+    lost: Option<String>,
+    errors: Vec<String>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Gpu {
+    /// The best device of this machine, or the one the environment names (see [`DEVICE_VARIABLE`]).
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`] where there is none.
+    pub fn new() -> Result<Gpu> {
+        Gpu::choose(None)
+    }
+
+    /// A device by number or by a part of its name, as `qkv devices` lists them; `None` takes the best.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`] where there is none, or none of that number or name.
+    pub fn choose(wanted: Option<&str>) -> Result<Gpu> {
+        let (adapter, device, queue) = adapter::open(wanted)?;
+        let info = adapter.get_info();
+        let cooperative = adapter::cooperative(&adapter);
+        let cache = pipeline_cache::DiskCache::open(&device, &info);
+        let gpu = Gpu::assemble(device, queue, cooperative, cache);
+        let trouble = gpu.0.trouble.clone();
+        gpu.0.device.set_device_lost_callback(move |reason, message| {
+            if !matches!(reason, wgpu::DeviceLostReason::Destroyed) {
+                lock(&trouble).lost = Some(message);
+            }
+        });
+        let trouble = gpu.0.trouble.clone();
+        gpu.0.device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            tracing::error!("{error}");
+            lock(&trouble).errors.push(error.to_string());
+        }));
+        tracing::info!(adapter = info.name, driver = info.driver_info, "device");
+        Ok(gpu)
+    }
+
+    /// An engine inside a device of the caller's, with the powers that the device was made with. Its
+    /// callbacks are left alone; recordings never submit or wait.
+    pub fn from_wgpu(device: &wgpu::Device, queue: &wgpu::Queue) -> Gpu {
+        Gpu::assemble(device.clone(), queue.clone(), Vec::new(), None)
+    }
+
+    /// The same device with fewer powers, for tests of the variants that lesser devices run.
+    pub fn narrowed(&self, caps: Caps) -> Gpu {
+        let inner = &self.0;
+        Gpu(Arc::new(Inner {
+            device: inner.device.clone(),
+            queue: inner.queue.clone(),
+            caps,
+            templates: shader::templates(),
+            pipelines: Mutex::default(),
+            cache: None,
+            stats: Arc::default(),
+            trouble: inner.trouble.clone(),
+        }))
+    }
+
+    fn assemble(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        cooperative: Vec<CoopShape>,
+        cache: Option<pipeline_cache::DiskCache>,
+    ) -> Gpu {
+        Gpu(Arc::new(Inner {
+            caps: Caps::new(device.adapter_info(), device.features(), device.limits(), cooperative),
+            device,
+            queue,
+            templates: shader::templates(),
+            pipelines: Mutex::default(),
+            cache,
+            stats: Arc::default(),
+            trouble: Arc::default(),
+        }))
+    }
+
+    /// What the device can do.
+    pub fn caps(&self) -> &Caps {
+        &self.0.caps
+    }
+
+    /// The device under the engine.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.0.device
+    }
+
+    /// The queue under the engine.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.0.queue
+    }
+
+    /// What was made on the device so far.
+    pub fn counters(&self) -> Counters {
+        self.0.stats.snapshot()
+    }
+
+    pub(crate) fn count_bind_group(&self) {
+        self.0.stats.bind_groups.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// The pipeline of a variant: compiled at its first use, then kept.
+    pub(crate) fn pipeline(&self, shader: &Shader) -> Result<wgpu::ComputePipeline> {
+        let inner = &self.0;
+        if let Some(pipeline) = lock(&inner.pipelines).get(shader) {
+            return Ok(pipeline.clone());
+        }
+        let text = shader.expand(&inner.templates)?;
+        let started = std::time::Instant::now();
+        let pipeline = self.checked(shader.kernel, || {
+            let descriptor = wgpu::ShaderModuleDescriptor {
+                label: Some(shader.kernel),
+                source: wgpu::ShaderSource::Wgsl(text.into()),
+            };
+            // SAFETY: the text is one of this crate's own kernels. Every kernel bounds its loops by its
+            // parameters and guards each access by the tensor's extents, which `Problem::new` and the
+            // host side of the ops have checked against the buffers; canary tests cover every variant.
+            let module = unsafe {
+                inner.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+            };
+            inner.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(shader.kernel),
+                layout: None,
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
+                cache: inner.cache.as_ref().map(|cache| cache.handle()),
+            })
+        })?;
+        tracing::debug!(kernel = shader.kernel, ms = started.elapsed().as_secs_f64() * 1e3, "pipeline");
+        inner.stats.pipelines.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        lock(&inner.pipelines).insert(shader.clone(), pipeline.clone());
+        Ok(pipeline)
+    }
+
+    /// Runs `make` and turns what the device says of it into an [`Error`].
+    fn checked<T>(&self, what: &str, make: impl FnOnce() -> T) -> Result<T> {
+        let device = &self.0.device;
+        let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let made = make();
+        let validation = pollster::block_on(validation.pop());
+        let internal = pollster::block_on(internal.pop());
+        let memory = pollster::block_on(memory.pop());
+        self.alive()?;
+        if let Some(error) = memory {
+            return Err(Error::OutOfMemory(format!("{what}: {error}")));
+        }
+        if let Some(error) = internal.or(validation) {
+            return Err(Error::Device(format!("{what}: {error}")));
+        }
+        Ok(made)
+    }
+
+    /// An error if the device was lost or has refused a command since the last call.
+    pub(crate) fn alive(&self) -> Result<()> {
+        let mut trouble = lock(&self.0.trouble);
+        if let Some(message) = &trouble.lost {
+            return Err(Error::DeviceLost(message.clone()));
+        }
+        match std::mem::take(&mut trouble.errors).into_iter().next() {
+            Some(message) => Err(Error::Device(message)),
+            None => Ok(()),
+        }
+    }
+
+    fn buffer(
+        &self,
+        label: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+        contents: Option<&mut dyn FnMut(&mut wgpu::BufferViewMut)>,
+    ) -> Result<wgpu::Buffer> {
+        let size = bytes.next_multiple_of(16).max(16);
+        if size > self.caps().max_buffer {
+            return Err(Error::OutOfMemory(format!(
+                "{label}: {size} bytes in one buffer; this device allows {}",
+                self.caps().max_buffer
+            )));
+        }
+        let buffer = self.checked(label, || {
+            self.0.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(label),
+                size,
+                usage,
+                mapped_at_creation: contents.is_some(),
+            })
+        })?;
+        if let Some(fill) = contents {
+            let mut view = buffer
+                .get_mapped_range_mut(..)
+                .map_err(|e| Error::OutOfMemory(format!("{label}: {e}")))?;
+            fill(&mut view);
+            drop(view);
+            buffer.unmap();
+        }
+        Ok(buffer)
+    }
+
+    fn tensor(&self, buffer: wgpu::Buffer, dtype: DType, shape: &[u32]) -> Tensor {
+        self.0.stats.allocated(buffer.size());
+        Tensor {
+            storage: Arc::new(Storage {
+                buffer,
+                account: Some(self.0.stats.clone()),
+            }),
+            dtype,
+            shape: shape.to_vec(),
+        }
+    }
+
+    /// A tensor of zeros.
+    pub fn empty(&self, label: &str, dtype: DType, shape: &[u32]) -> Result<Tensor> {
+        let bytes = shape.iter().map(|&n| n as u64).product::<u64>() * dtype.size();
+        Ok(self.tensor(self.buffer(label, bytes, TENSOR, None)?, dtype, shape))
+    }
+
+    /// A tensor with those elements, `bytes` of them in the tensor's type.
+    pub fn upload(&self, label: &str, dtype: DType, shape: &[u32], bytes: &[u8]) -> Result<Tensor> {
+        let need = shape.iter().map(|&n| n as u64).product::<u64>() * dtype.size();
+        if bytes.len() as u64 != need {
+            return Err(Error::refused(
+                label,
+                format_args!("{} bytes", bytes.len()),
+                format!("the shape {shape:?} takes {need}"),
+            ));
+        }
+        let mut fill = |view: &mut wgpu::BufferViewMut| {
+            view.slice(..bytes.len()).copy_from_slice(bytes);
+        };
+        let buffer = self.buffer(label, need, TENSOR, Some(&mut fill))?;
+        Ok(self.tensor(buffer, dtype, shape))
+    }
+
+    /// A tensor of floats, stored as `dtype`.
+    pub fn upload_floats(&self, label: &str, dtype: DType, shape: &[u32], values: &[f32]) -> Result<Tensor> {
+        match dtype {
+            DType::F16 => {
+                let halves: Vec<half::f16> = values.iter().map(|&x| half::f16::from_f32(x)).collect();
+                self.upload(label, dtype, shape, bytemuck::cast_slice(&halves))
+            }
+            _ => self.upload(label, dtype, shape, bytemuck::cast_slice(values)),
+        }
+    }
+
+    /// A tensor of unsigned integers.
+    pub fn upload_u32(&self, label: &str, shape: &[u32], values: &[u32]) -> Result<Tensor> {
+        self.upload(label, DType::U32, shape, bytemuck::cast_slice(values))
+    }
+
+    pub(crate) fn upload_uniform(&self, bytes: &[u8]) -> Result<Tensor> {
+        let mut fill = |view: &mut wgpu::BufferViewMut| {
+            view.slice(..bytes.len()).copy_from_slice(bytes);
+        };
+        let usage = wgpu::BufferUsages::UNIFORM;
+        let buffer = self.buffer("params", bytes.len() as u64, usage, Some(&mut fill))?;
+        Ok(self.tensor(buffer, DType::U32, &[bytes.len() as u32 / 4]))
+    }
+
+    /// A buffer that the host can read.
+    pub(crate) fn staging(&self, bytes: u64) -> Result<Tensor> {
+        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+        let buffer = self.buffer("staging", bytes, usage, None)?;
+        Ok(self.tensor(buffer, DType::U32, &[bytes.div_ceil(4) as u32]))
+    }
+
+    /// Writes elements into a tensor before the next submission's commands.
+    pub(crate) fn write(&self, tensor: &Tensor, bytes: &[u8]) {
+        self.0.queue.write_buffer(tensor.buffer(), 0, bytes);
+    }
+
+    /// Submits one recording in an encoder of its own.
+    pub(crate) fn submit(&self, recordings: &[&Recording]) -> Result<wgpu::SubmissionIndex> {
+        let mut encoder = self.0.device.create_command_encoder(&Default::default());
+        for recording in recordings {
+            recording.encode(&mut encoder);
+        }
+        self.0.stats.submits.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let index = self.0.queue.submit([encoder.finish()]);
+        self.alive()?;
+        Ok(index)
+    }
+
+    /// Runs a recording and waits for its end.
+    pub fn run(&self, recording: &Recording) -> Result<()> {
+        let index = self.submit(&[recording])?;
+        self.wait(index)
+    }
+
+    pub(crate) fn wait(&self, index: wgpu::SubmissionIndex) -> Result<()> {
+        let waited = self.0.device.poll(wgpu::PollType::Wait {
+            submission_index: Some(index),
+            timeout: None,
+        });
+        self.alive()?;
+        waited.map_err(|e| Error::DeviceLost(e.to_string()))?;
+        Ok(())
+    }
+
+    /// Maps a staging buffer that `index` has filled, and hands its bytes to `read`.
+    pub(crate) fn map<T>(
+        &self,
+        staging: &Tensor,
+        index: wgpu::SubmissionIndex,
+        read: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        let answer = Arc::new(Mutex::new(None));
+        let told = answer.clone();
+        staging.buffer().slice(..).map_async(wgpu::MapMode::Read, move |result| {
+            *lock(&told) = Some(result);
+        });
+        self.wait(index)?;
+        match lock(&answer).take() {
+            Some(Ok(())) => {}
+            Some(Err(e)) => return Err(Error::DeviceLost(e.to_string())),
+            None => return Err(Error::DeviceLost("a buffer was not mapped".into())),
+        }
+        let view = staging
+            .buffer()
+            .get_mapped_range(..)
+            .map_err(|e| Error::DeviceLost(e.to_string()))?;
+        let value = read(&view);
+        drop(view);
+        staging.buffer().unmap();
+        Ok(value)
+    }
+
+    /// The bytes of a tensor. Waits for everything submitted before.
+    pub fn read(&self, tensor: &Tensor) -> Result<Vec<u8>> {
+        let bytes = tensor.len() * tensor.dtype.size();
+        let staging = self.staging(bytes)?;
+        let mut recorder = Recorder::new(self);
+        recorder.copy(tensor, staging.buffer(), 0);
+        let recording = recorder.finish()?;
+        let index = self.submit(&[&recording])?;
+        self.map(&staging, index, |view| view[..bytes as usize].to_vec())
+    }
+
+    /// The elements of a tensor of floats.
+    pub fn read_floats(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        let bytes = self.read(tensor)?;
+        Ok(match tensor.dtype {
+            DType::F16 => bytes
+                .chunks_exact(2)
+                .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
+                .collect(),
+            _ => bytemuck::pod_collect_to_vec(&bytes),
+        })
+    }
+
+    /// The elements of a tensor of unsigned integers.
+    pub fn read_u32(&self, tensor: &Tensor) -> Result<Vec<u32>> {
+        Ok(bytemuck::pod_collect_to_vec(&self.read(tensor)?))
+    }
+
+    /// Saves the driver's compiled kernels for the next start, where the backend can.
+    pub fn save_pipelines(&self) {
+        if let Some(cache) = &self.0.cache {
+            cache.save();
+        }
+    }
+}
+
+const TENSOR: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE
+    .union(wgpu::BufferUsages::COPY_SRC)
+    .union(wgpu::BufferUsages::COPY_DST);

@@ -1,0 +1,108 @@
+//! A tensor: a buffer on the device, a type and a shape, dense in row-major order.
+
+use std::sync::Arc;
+
+use super::stats::Stats;
+
+/// How a tensor's elements are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit IEEE floats.
+    F16,
+    /// 32-bit unsigned integers: token ids, lengths.
+    U32,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> u64 {
+        match self {
+            DType::F32 | DType::U32 => 4,
+            DType::F16 => 2,
+        }
+    }
+
+    /// The type's name in WGSL.
+    pub fn wgsl(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::U32 => "u32",
+        }
+    }
+}
+
+/// A buffer that takes its bytes off the account when the last tensor in it goes.
+#[derive(Debug)]
+pub(crate) struct Storage {
+    pub buffer: wgpu::Buffer,
+    pub account: Option<Arc<Stats>>,
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        if let Some(stats) = &self.account {
+            stats.freed(self.buffer.size());
+        }
+    }
+}
+
+/// A dense row-major tensor on the device. Cloning shares the buffer.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    pub(crate) storage: Arc<Storage>,
+    /// Element type.
+    pub dtype: DType,
+    /// Extents, outermost first.
+    pub shape: Vec<u32>,
+}
+
+impl Tensor {
+    /// A tensor in a buffer of the caller's. The buffer needs `STORAGE` usage and must hold the shape.
+    pub fn from_wgpu(buffer: wgpu::Buffer, dtype: DType, shape: &[u32]) -> crate::Result<Self> {
+        let tensor = Tensor {
+            storage: Arc::new(Storage {
+                buffer,
+                account: None,
+            }),
+            dtype,
+            shape: shape.to_vec(),
+        };
+        let (need, have) = (tensor.len() * dtype.size(), tensor.buffer().size());
+        if need > have {
+            return Err(crate::Error::refused(
+                "buffer",
+                format_args!("{have} bytes"),
+                format!("a tensor of shape {shape:?} needs {need} bytes"),
+            ));
+        }
+        Ok(tensor)
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> u64 {
+        self.shape.iter().map(|&n| n as u64).product()
+    }
+
+    /// Whether an extent is zero.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The buffer under the tensor.
+    pub fn buffer(&self) -> &wgpu::Buffer {
+        &self.storage.buffer
+    }
+
+    /// The same elements under another shape of as many elements.
+    pub fn reshape(&self, shape: &[u32]) -> Tensor {
+        let view = Tensor {
+            shape: shape.to_vec(),
+            ..self.clone()
+        };
+        assert_eq!(view.len(), self.len(), "a reshape keeps the number of elements");
+        view
+    }
+}

@@ -1,0 +1,234 @@
+//! What the stacks need around attention, each a launch or two: matrix products, norms, embedding, the
+//! cache's append and reorder, and the choice of the next token.
+
+use crate::gpu::{DType, Recorder, Shader, Tensor};
+use crate::{Error, Result};
+
+/// The activation of a feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// max(x, 0)
+    Relu,
+    /// x Phi(x), by the error function.
+    Gelu,
+    /// GELU by its tanh approximation.
+    GeluTanh,
+    /// x sigmoid(x), also called swish.
+    Silu,
+}
+
+impl Activation {
+    fn wgsl(self) -> &'static str {
+        match self {
+            Activation::Relu => "relu",
+            Activation::Gelu => "gelu",
+            Activation::GeluTanh => "gelu_tanh",
+            Activation::Silu => "silu",
+        }
+    }
+}
+
+/// Threads of the kernels whose threads are numbered through.
+const THREADS: u64 = 64;
+
+fn check_u32(what: &str, elements: u64) -> Result<u32> {
+    u32::try_from(elements)
+        .map_err(|_| Error::refused(what, format_args!("{elements} elements"), "at most 2^32 - 1"))
+}
+
+/// A dense layer's weights, `Y = X W + bias`, W stored [K, N] with rows padded to whole fours.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// [K, N rounded up to 4]
+    pub weight: Tensor,
+    /// f32 [N rounded up to 4]
+    pub bias: Option<Tensor>,
+    /// Outputs.
+    pub n: u32,
+}
+
+/// Around a matrix product: what follows it in the same launch.
+#[derive(Clone, Copy, Default)]
+pub struct Epilogue<'a> {
+    /// Applied to X W + bias.
+    pub activation: Option<Activation>,
+    /// Added last. [M, N]
+    pub residual: Option<&'a Tensor>,
+}
+
+/// How many rows make `matmul` the better kernel than `matvec`.
+const MANY_ROWS: u32 = 5;
+
+/// Y = activate(X W + bias) + residual. X: [M, K], Y: [M, N].
+pub fn matmul(recorder: &mut Recorder, x: &Tensor, linear: &Linear, y: &Tensor, epilogue: Epilogue) -> Result<()> {
+    let (k, stride) = (linear.weight.shape[0], linear.weight.shape[1]);
+    let m = check_u32("a matrix product's rows", x.len() / k as u64)?;
+    check_u32("a matrix product's result", m as u64 * linear.n as u64)?;
+    debug_assert_eq!(x.len(), m as u64 * k as u64);
+    debug_assert_eq!(y.len(), m as u64 * linear.n as u64);
+    let rows = match m {
+        0..MANY_ROWS => m.next_power_of_two(),
+        MANY_ROWS..32 => 4,
+        _ => 8,
+    };
+    let per_group = if m < MANY_ROWS { rows } else { 4 * rows };
+    let types = [x.dtype, linear.weight.dtype, y.dtype];
+    let shader = Shader::new(if m < MANY_ROWS { "matvec" } else { "matmul" })
+        .with("F16", types.contains(&DType::F16))
+        .with("T", x.dtype.wgsl())
+        .with("W_TYPE", linear.weight.dtype.wgsl())
+        .with("O_TYPE", y.dtype.wgsl())
+        .with("VEC", if k.is_multiple_of(4) { 4u32 } else { 1 })
+        .with("ROWS", rows)
+        .with("HAS_BIAS", linear.bias.is_some())
+        .with("HAS_RESIDUAL", epilogue.residual.is_some())
+        .with("ACTIVATION", epilogue.activation.map_or("none", Activation::wgsl));
+    let bindings: Vec<&Tensor> = [x, &linear.weight, y]
+        .into_iter()
+        .chain(&linear.bias)
+        .chain(epilogue.residual)
+        .collect();
+    let groups = linear.n.div_ceil(64) as u64 * m.div_ceil(per_group) as u64;
+    recorder.dispatch(&shader, [m, linear.n, k, stride], &bindings, groups)
+}
+
+/// A layer norm's weights. f32 [d]
+#[derive(Clone, Debug)]
+pub struct Norm {
+    /// The scale.
+    pub gamma: Tensor,
+    /// The shift.
+    pub beta: Tensor,
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+/// Y = layer_norm(X), row by row. X, Y: [R, d]
+pub fn norm(recorder: &mut Recorder, x: &Tensor, norm: &Norm, y: &Tensor) -> Result<()> {
+    let width = norm.gamma.shape[0];
+    let rows = check_u32("a norm's input", x.len())? / width;
+    let shader = Shader::new("norm").with("F16", x.dtype == DType::F16).with("T", x.dtype.wgsl());
+    let params = [rows, width, norm.eps.to_bits(), 0];
+    recorder.dispatch(&shader, params, &[x, &norm.gamma, &norm.beta, y], rows as u64)
+}
+
+/// Token embeddings and positions.
+#[derive(Clone, Debug)]
+pub struct Embedding {
+    /// [d, V rounded up to 4]
+    pub table: Tensor,
+    /// Rows of the table that are tokens.
+    pub vocab: u32,
+    /// f32 [P, d]
+    pub positions: Tensor,
+    /// The row of `positions` that position 0 takes.
+    pub first_position: u32,
+    /// The table's factor.
+    pub scale: f32,
+}
+
+/// Where the tokens of a batch stand.
+pub enum Places<'a> {
+    /// ids are [B, T]: token t stands at position t.
+    Sequence(u32),
+    /// ids are [R]: the token of row r stands at position lengths[r] - 1.
+    Lengths(&'a Tensor),
+}
+
+/// X[r] = scale E[id] + positions[place]. ids: u32 [R], X: [R, d]
+pub fn embed(recorder: &mut Recorder, ids: &Tensor, embedding: &Embedding, places: Places, x: &Tensor) -> Result<()> {
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct Params {
+        rows: u32,
+        width: u32,
+        vocab_stride: u32,
+        vocab: u32,
+        scale: f32,
+        first_position: u32,
+        n_positions: u32,
+        row_len: u32,
+    }
+    let width = embedding.table.shape[0];
+    let types = [embedding.table.dtype, x.dtype];
+    let shader = Shader::new("embed")
+        .with("F16", types.contains(&DType::F16))
+        .with("T", x.dtype.wgsl())
+        .with("W_TYPE", embedding.table.dtype.wgsl())
+        .with("HAS_LENGTHS", matches!(places, Places::Lengths(_)));
+    let mut bindings = vec![ids, &embedding.table, &embedding.positions, x];
+    let row_len = match places {
+        Places::Sequence(len) => len,
+        Places::Lengths(lengths) => {
+            bindings.push(lengths);
+            1
+        }
+    };
+    let params = Params {
+        rows: check_u32("the tokens of a batch", ids.len())?,
+        width,
+        vocab_stride: embedding.table.shape[1],
+        vocab: embedding.vocab,
+        scale: embedding.scale,
+        first_position: embedding.first_position,
+        n_positions: embedding.positions.shape[0],
+        row_len,
+    };
+    let elements = check_u32("a batch's embeddings", ids.len() * width as u64)? as u64;
+    recorder.dispatch(&shader, params, &bindings, elements.div_ceil(THREADS))
+}
+
+/// Writes this step's keys and values behind what the cache holds: position lengths[r] - 1 of row r.
+/// qkv: [R, (H + 2 Hk) D] with the keys at column `k_column`, the values behind them; caches: [R, Hk, L, D]
+pub fn append(
+    recorder: &mut Recorder,
+    qkv: &Tensor,
+    k_column: u32,
+    lengths: &Tensor,
+    k_cache: &Tensor,
+    v_cache: &Tensor,
+) -> Result<()> {
+    let &[rows, kv_heads, capacity, head_dim] = k_cache.shape.as_slice() else {
+        unreachable!("caches have four extents");
+    };
+    let width = kv_heads * head_dim;
+    let shader = Shader::new("append")
+        .with("F16", qkv.dtype == DType::F16)
+        .with("T", qkv.dtype.wgsl());
+    let stride = (qkv.len() / rows as u64) as u32;
+    let params = [rows, kv_heads, head_dim, capacity, stride, k_column, k_column + width, 0];
+    let groups = (rows as u64 * width as u64).div_ceil(THREADS);
+    recorder.dispatch(&shader, params, &[qkv, lengths, k_cache, v_cache], groups)
+}
+
+/// Beams take over their parents' histories: permutes `rows` and enters each row at its own position.
+/// parents, lengths: u32 [R], rows: u32 [R, L]
+pub fn reorder(recorder: &mut Recorder, parents: &Tensor, lengths: &Tensor, rows: &Tensor, beams: u32) -> Result<()> {
+    let (sources, capacity) = (rows.shape[0] / beams, rows.shape[1]);
+    let shader = Shader::new("reorder").with("BEAMS", beams);
+    let groups = (sources as u64 * capacity as u64).div_ceil(THREADS);
+    recorder.dispatch(&shader, [sources, capacity, 0, 0], &[parents, lengths, rows], groups)
+}
+
+/// What `choose` reads and writes.
+pub struct Choice<'a> {
+    /// f32 [R, V]
+    pub logits: &'a Tensor,
+    /// A bit a token: the first generated token's, then those of later ones. u32 [2, V / 32 rounded up]
+    pub allowed: &'a Tensor,
+    /// Moved on by one. u32 [R]
+    pub lengths: &'a Tensor,
+    /// Token and bits of its log-probability, best first. u32 [R, candidates, 2]
+    pub chosen: &'a Tensor,
+    /// Set to the best token. u32 [R]
+    pub ids: &'a Tensor,
+}
+
+/// The most likely tokens of each row.
+pub fn choose(recorder: &mut Recorder, choice: Choice) -> Result<()> {
+    let (rows, vocab) = (choice.logits.shape[0], choice.logits.shape[1]);
+    let shader = Shader::new("choose").with("CANDIDATES", choice.chosen.shape[1]);
+    let params = [rows, vocab, choice.allowed.shape[1], 0];
+    let bindings = [choice.logits, choice.allowed, choice.lengths, choice.chosen, choice.ids];
+    recorder.dispatch(&shader, params, &bindings, rows as u64)
+}
