@@ -321,11 +321,9 @@ impl Gpu {
     }
 
     /// Submits one recording in an encoder of its own.
-    pub(crate) fn submit(&self, recordings: &[&Recording]) -> Result<wgpu::SubmissionIndex> {
+    pub(crate) fn submit(&self, recording: &Recording) -> Result<wgpu::SubmissionIndex> {
         let mut encoder = self.0.device.create_command_encoder(&Default::default());
-        for recording in recordings {
-            recording.encode(&mut encoder);
-        }
+        recording.encode(&mut encoder);
         self.0.stats.submits.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let index = self.0.queue.submit([encoder.finish()]);
         self.alive()?;
@@ -334,7 +332,7 @@ impl Gpu {
 
     /// Runs a recording and waits for its end.
     pub fn run(&self, recording: &Recording) -> Result<()> {
-        let index = self.submit(&[recording])?;
+        let index = self.submit(recording)?;
         self.wait(index)
     }
 
@@ -348,13 +346,14 @@ impl Gpu {
         Ok(())
     }
 
-    /// Maps a staging buffer that `index` has filled, and hands its bytes to `read`.
-    pub(crate) fn map<T>(
+    /// Submits a recording that fills `staging`, waits, and hands the staging bytes to `read`.
+    pub(crate) fn run_and_read<T>(
         &self,
+        recording: &Recording,
         staging: &Tensor,
-        index: wgpu::SubmissionIndex,
         read: impl FnOnce(&[u8]) -> T,
     ) -> Result<T> {
+        let index = self.submit(recording)?;
         let answer = Arc::new(Mutex::new(None));
         let told = answer.clone();
         staging.buffer().slice(..).map_async(wgpu::MapMode::Read, move |result| {
@@ -383,8 +382,7 @@ impl Gpu {
         let mut recorder = Recorder::new(self);
         recorder.copy(tensor, staging.buffer(), 0);
         let recording = recorder.finish()?;
-        let index = self.submit(&[&recording])?;
-        self.map(&staging, index, |view| view[..bytes as usize].to_vec())
+        self.run_and_read(&recording, &staging, |view| view[..bytes as usize].to_vec())
     }
 
     /// The elements of a tensor of floats.

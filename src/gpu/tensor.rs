@@ -96,13 +96,13 @@ impl Tensor {
         &self.storage.buffer
     }
 
-    /// The same elements under another shape of as many elements.
-    pub fn reshape(&self, shape: &[u32]) -> Tensor {
+    /// The first elements under another shape, of no more elements than there are.
+    pub(crate) fn reshape_prefix(&self, shape: &[u32]) -> Tensor {
         let view = Tensor {
             shape: shape.to_vec(),
             ..self.clone()
         };
-        assert_eq!(view.len(), self.len(), "a reshape keeps the number of elements");
+        assert!(view.len() <= self.len(), "a reshape stays within the tensor");
         view
     }
 }
