@@ -14,6 +14,5 @@ pub mod model;
 pub mod ops;
 pub mod reference;
 #[cfg(feature = "models")]
-
 pub use error::{Error, Result};
 pub use wgpu;

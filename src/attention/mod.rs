@@ -23,17 +23,33 @@ pub fn record(recorder: &mut Recorder, tensors: &Tensors, options: &Options) -> 
     let params = problem.params(plan.splits, plan.split_len);
     let scratch = match plan.scratch {
         0 => None,
-        elements => Some(recorder.gpu().empty("attention scratch", DType::F32, &[elements as u32])?),
+        elements => Some(recorder.gpu().empty(
+            "attention scratch",
+            DType::F32,
+            &[elements as u32],
+        )?),
     };
     let kv_len: Vec<&Tensor> = tensors.kv_len.into_iter().collect();
     let masks: Vec<&Tensor> = tensors.kv_len.into_iter().chain(tensors.rows).collect();
-    let (q, k, v, out) = (tensors.q.tensor, tensors.k.tensor, tensors.v.tensor, tensors.out.tensor);
+    let (q, k, v, out) = (
+        tensors.q.tensor,
+        tensors.k.tensor,
+        tensors.v.tensor,
+        tensors.out.tensor,
+    );
     let bind = |buffers: &[&Tensor], optional: &[&Tensor]| -> Vec<Tensor> {
-        buffers.iter().chain(optional).map(|&tensor| tensor.clone()).collect()
+        buffers
+            .iter()
+            .chain(optional)
+            .map(|&tensor| tensor.clone())
+            .collect()
     };
     let bindings: Vec<Vec<Tensor>> = match (plan.route, &scratch) {
         (Route::ThreePass, _) => {
-            let weights = tensors.weights.or(scratch.as_ref()).expect("planned: weights or scratch");
+            let weights = tensors
+                .weights
+                .or(scratch.as_ref())
+                .expect("planned: weights or scratch");
             vec![
                 bind(&[q, k, weights], &masks),
                 bind(&[weights], &kv_len),

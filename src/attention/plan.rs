@@ -84,7 +84,11 @@ pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
         (false, None) => Route::Prefill,
     };
     if let (Some(splits), true) = (problem.options.splits, route != Route::Decode) {
-        return Err(Error::refused("splits", splits, "only the decode route splits the key axis"));
+        return Err(Error::refused(
+            "splits",
+            splits,
+            "only the decode route splits the key axis",
+        ));
     }
     let bhq = batch as u64 * heads as u64 * q_len as u64;
     let mut plan = Plan {
@@ -192,7 +196,9 @@ fn plan_decode(problem: &Problem, rows: u32, bhq: u64, plan: &mut Plan) {
     if plan.splits > 1 {
         plan.scratch = bhq * plan.splits as u64 * (dv as u64 + 2);
         plan.launches.push(Launch {
-            shader: shader("merge", problem).with("HAS_KV_LEN", false).with("HAS_ROWS", false),
+            shader: shader("merge", problem)
+                .with("HAS_KV_LEN", false)
+                .with("HAS_ROWS", false),
             groups: (bhq * dv as u64).div_ceil(THREADS),
         });
     }

@@ -34,11 +34,18 @@ impl Layout {
 
     fn aligned(&self) -> bool {
         let [sb, sh, sl] = self.strides;
-        [self.offset, sb, sh, sl, self.extents[3]].iter().all(|n| n % 4 == 0)
+        [self.offset, sb, sh, sl, self.extents[3]]
+            .iter()
+            .all(|n| n % 4 == 0)
     }
 
     fn packed(&self) -> [u32; 4] {
-        [self.offset, self.strides[0], self.strides[1], self.strides[2]]
+        [
+            self.offset,
+            self.strides[0],
+            self.strides[1],
+            self.strides[2],
+        ]
     }
 }
 
@@ -66,7 +73,12 @@ impl<'a> View<'a> {
     ///
     /// # Errors
     /// [`Error::Refused`] where the view leaves the tensor's elements.
-    pub fn new(tensor: &'a Tensor, extents: [u32; 4], offset: u32, strides: [u32; 3]) -> Result<Self> {
+    pub fn new(
+        tensor: &'a Tensor,
+        extents: [u32; 4],
+        offset: u32,
+        strides: [u32; 3],
+    ) -> Result<Self> {
         let layout = Layout {
             extents,
             offset,
@@ -159,10 +171,18 @@ impl Problem {
         let refuse = |what: &str, value: &dyn std::fmt::Debug, bound: String| {
             Err(Error::refused(what, format_args!("{value:?}"), bound))
         };
-        for (name, extents) in [("q", q.layout.extents), ("k", k.layout.extents), ("v", v.layout.extents)] {
+        for (name, extents) in [
+            ("q", q.layout.extents),
+            ("k", k.layout.extents),
+            ("v", v.layout.extents),
+        ] {
             if let Some(axis) = [0, 1, 3].into_iter().find(|&axis| extents[axis] == 0) {
                 let axis = ["batch", "heads", "", "head dim"][axis];
-                return refuse(name, &extents, format!("its {axis} extent must not be zero"));
+                return refuse(
+                    name,
+                    &extents,
+                    format!("its {axis} extent must not be zero"),
+                );
             }
         }
         if !b.is_multiple_of(kv_b) {
@@ -175,25 +195,49 @@ impl Problem {
             return refuse("k's head dim", &kd, format!("q's is {d}"));
         }
         if d > MAX_HEAD_DIM || dv > MAX_HEAD_DIM {
-            return refuse("the head dim", &d.max(dv), format!("at most {MAX_HEAD_DIM}"));
+            return refuse(
+                "the head dim",
+                &d.max(dv),
+                format!("at most {MAX_HEAD_DIM}"),
+            );
         }
         if v.layout.extents[..3] != k.layout.extents[..3] {
-            return refuse("v", &v.layout.extents, format!("k is {:?}", k.layout.extents));
+            return refuse(
+                "v",
+                &v.layout.extents,
+                format!("k is {:?}", k.layout.extents),
+            );
         }
         if out.layout.extents != [b, h, q_len, dv] {
-            return refuse("out", &out.layout.extents, format!("it must be {:?}", [b, h, q_len, dv]));
+            return refuse(
+                "out",
+                &out.layout.extents,
+                format!("it must be {:?}", [b, h, q_len, dv]),
+            );
         }
-        for (name, dtype) in [("q", q.tensor.dtype), ("k", k.tensor.dtype), ("out", out.tensor.dtype)] {
+        for (name, dtype) in [
+            ("q", q.tensor.dtype),
+            ("k", k.tensor.dtype),
+            ("out", out.tensor.dtype),
+        ] {
             if !matches!(dtype, DType::F32 | DType::F16) {
                 return refuse(name, &dtype, "f32 or f16".into());
             }
         }
         if v.tensor.dtype != k.tensor.dtype {
-            return refuse("v's type", &v.tensor.dtype, format!("k's is {:?}", k.tensor.dtype));
+            return refuse(
+                "v's type",
+                &v.tensor.dtype,
+                format!("k's is {:?}", k.tensor.dtype),
+            );
         }
         for (name, input) in [("q", q), ("k", k), ("v", v)] {
             if input.tensor.buffer() == out.tensor.buffer() {
-                return refuse("out", &"the buffer of ".to_string(), format!("a buffer of its own, not {name}'s"));
+                return refuse(
+                    "out",
+                    &"the buffer of ".to_string(),
+                    format!("a buffer of its own, not {name}'s"),
+                );
             }
         }
         let scale = options.scale.unwrap_or(1.0 / (d as f32).sqrt());
@@ -238,7 +282,10 @@ impl Problem {
 
     /// Elements that four-wide loads may take: every offset, stride and row is whole fours.
     pub(crate) fn vec(&self) -> u32 {
-        match [self.q, self.k, self.v, self.out].iter().all(Layout::aligned) {
+        match [self.q, self.k, self.v, self.out]
+            .iter()
+            .all(Layout::aligned)
+        {
             true => 4,
             false => 1,
         }
@@ -248,7 +295,16 @@ impl Problem {
         let [batch, heads, q_len, head_dim] = self.q.extents;
         let [kv_batch, kv_heads, k_len, _] = self.k.extents;
         Params {
-            sizes: [batch, heads, q_len, head_dim, kv_batch, kv_heads, k_len, self.v.extents[3]],
+            sizes: [
+                batch,
+                heads,
+                q_len,
+                head_dim,
+                kv_batch,
+                kv_heads,
+                k_len,
+                self.v.extents[3],
+            ],
             q_at: self.q.packed(),
             k_at: self.k.packed(),
             v_at: self.v.packed(),

@@ -33,14 +33,25 @@ pub struct Extents {
 impl Cache {
     /// An empty cache; every sequence is about to write its first position.
     pub fn new(gpu: &Gpu, dtype: DType, extents: Extents, shared_histories: bool) -> Result<Self> {
-        let shape = [extents.rows, extents.kv_heads, extents.capacity, extents.head_dim];
+        let shape = [
+            extents.rows,
+            extents.kv_heads,
+            extents.capacity,
+            extents.head_dim,
+        ];
         let block = |name| gpu.empty(name, dtype, &shape);
         Ok(Cache {
-            k: (0..extents.layers).map(|_| block("k cache")).collect::<Result<_>>()?,
-            v: (0..extents.layers).map(|_| block("v cache")).collect::<Result<_>>()?,
+            k: (0..extents.layers)
+                .map(|_| block("k cache"))
+                .collect::<Result<_>>()?,
+            v: (0..extents.layers)
+                .map(|_| block("v cache"))
+                .collect::<Result<_>>()?,
             lengths: gpu.upload_u32("lengths", &[extents.rows], &vec![1; extents.rows as usize])?,
             rows: match shared_histories {
-                true => Some(gpu.empty("beam rows", DType::U32, &[extents.rows, extents.capacity])?),
+                true => {
+                    Some(gpu.empty("beam rows", DType::U32, &[extents.rows, extents.capacity])?)
+                }
                 false => None,
             },
         })

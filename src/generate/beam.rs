@@ -72,18 +72,32 @@ impl Search {
         for (parent, tokens) in candidates.iter().enumerate() {
             all.extend(tokens.iter().map(|&(token, logprob)| {
                 let parent_ = parent as u32;
-                (self.running[parent].score + logprob, Move { parent: parent_, token })
+                (
+                    self.running[parent].score + logprob,
+                    Move {
+                        parent: parent_,
+                        token,
+                    },
+                )
             }));
         }
         // Best first; of equals the lower beam, then the lower token.
-        all.sort_by(|(a, x), (b, y)| b.total_cmp(a).then(x.parent.cmp(&y.parent)).then(x.token.cmp(&y.token)));
+        all.sort_by(|(a, x), (b, y)| {
+            b.total_cmp(a)
+                .then(x.parent.cmp(&y.parent))
+                .then(x.token.cmp(&y.token))
+        });
         all.truncate(2.max(1 + rules.eos.len()) * rules.beams);
         let ends = |token: u32| last || rules.eos.contains(&token);
 
         let full = self.ended.len() == rules.beams;
         let admit = self.improvable && !(rules.early_stopping == EarlyStopping::Yes && full);
         if admit {
-            for (score, step) in all.iter().take(rules.beams).filter(|(_, step)| ends(step.token)) {
+            for (score, step) in all
+                .iter()
+                .take(rules.beams)
+                .filter(|(_, step)| ends(step.token))
+            {
                 let tokens = self.extended(step);
                 let score = score / (length as f32).powf(rules.length_penalty);
                 // Behind those of the same score, which ended before.
@@ -93,8 +107,11 @@ impl Search {
             self.ended.truncate(rules.beams);
         }
 
-        let moves: Vec<(f32, Move)> =
-            all.into_iter().filter(|(_, step)| !ends(step.token)).take(rules.beams).collect();
+        let moves: Vec<(f32, Move)> = all
+            .into_iter()
+            .filter(|(_, step)| !ends(step.token))
+            .take(rules.beams)
+            .collect();
         let full = self.ended.len() == rules.beams;
         if moves.len() < rules.beams {
             // The length is spent, or too few tokens are allowed to go on with.

@@ -98,7 +98,10 @@ impl<'m> Generator<'m> {
                     tokens: Vec::new(),
                     score: 0.0,
                 };
-                State::Greedy(vec![None; sources as usize], vec![nothing; sources as usize])
+                State::Greedy(
+                    vec![None; sources as usize],
+                    vec![nothing; sources as usize],
+                )
             }
             beams => State::Beams((0..sources).map(|_| Search::new(beams as usize)).collect()),
         };
@@ -150,24 +153,33 @@ impl<'m> Generator<'m> {
     fn advance(&mut self) -> Result<Step> {
         let n = self.settings.candidates() as usize;
         let vocab = self.model.spec().target_vocab;
-        let mut candidates: Vec<Vec<(u32, f32)>> = self.model.gpu().run_and_read(&self.step, &self.staging, |bytes| {
-            let (pairs, _) = bytes.as_chunks::<8>();
-            pairs
-                .chunks(n)
-                .take(self.sources * self.settings.beams as usize)
-                .map(|row| {
-                    row.iter()
-                        .map(|pair| {
-                            let [a, b, c, d, e, f, g, h] = *pair;
-                            (u32::from_le_bytes([a, b, c, d]), f32::from_le_bytes([e, f, g, h]))
+        let mut candidates: Vec<Vec<(u32, f32)>> =
+            self.model
+                .gpu()
+                .run_and_read(&self.step, &self.staging, |bytes| {
+                    let (pairs, _) = bytes.as_chunks::<8>();
+                    pairs
+                        .chunks(n)
+                        .take(self.sources * self.settings.beams as usize)
+                        .map(|row| {
+                            row.iter()
+                                .map(|pair| {
+                                    let [a, b, c, d, e, f, g, h] = *pair;
+                                    (
+                                        u32::from_le_bytes([a, b, c, d]),
+                                        f32::from_le_bytes([e, f, g, h]),
+                                    )
+                                })
+                                .filter(|&(token, _)| token < vocab)
+                                .collect()
                         })
-                        .filter(|&(token, _)| token < vocab)
                         .collect()
-                })
-                .collect()
-        })?;
+                })?;
         self.steps += 1;
-        if let Some(row) = candidates.iter().position(|row| row.is_empty() || row.iter().any(|(_, p)| !p.is_finite())) {
+        if let Some(row) = candidates
+            .iter()
+            .position(|row| row.is_empty() || row.iter().any(|(_, p)| !p.is_finite()))
+        {
             return Err(Error::Device(format!(
                 "decoder step {}: the logits of sequence {row} are not finite, or no token is allowed",
                 self.steps
@@ -181,7 +193,9 @@ impl<'m> Generator<'m> {
             _ => None,
         };
         if let Some(token) = forced {
-            candidates.iter_mut().for_each(|row| *row = vec![(token, 0.0)]);
+            candidates
+                .iter_mut()
+                .for_each(|row| *row = vec![(token, 0.0)]);
         }
         let (settings, gpu) = (&self.settings, self.model.gpu());
         if !settings.bad_words.is_empty() {
@@ -191,7 +205,8 @@ impl<'m> Generator<'m> {
                     State::Greedy(_, running) => &running[row].tokens,
                     State::Beams(searches) => searches[row / beams].written(row % beams),
                 };
-                tokens.retain(|&(token, _)| forced == Some(token) || !settings.bans(written, token));
+                tokens
+                    .retain(|&(token, _)| forced == Some(token) || !settings.bans(written, token));
             }
         }
         match &mut self.state {
@@ -228,7 +243,9 @@ impl<'m> Generator<'m> {
                 };
                 let mut tokens = Vec::with_capacity(searches.len());
                 let mut ids = vec![settings.start; candidates.len()];
-                let mut parents: Vec<u32> = (0..candidates.len()).map(|row| (row % beams) as u32).collect();
+                let mut parents: Vec<u32> = (0..candidates.len())
+                    .map(|row| (row % beams) as u32)
+                    .collect();
                 for (ix, search) in searches.iter_mut().enumerate() {
                     let rows = ix * beams..(ix + 1) * beams;
                     let moves = search.advance(&candidates[rows.clone()], &rules);

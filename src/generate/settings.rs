@@ -64,18 +64,30 @@ impl Settings {
         };
         let get = |key: &str| primary.get(key).filter(|value| !value.is_null());
         // Ids may stand in either file; what the generation file says goes.
-        let id_value = |key: &str| get(key).or_else(|| fallback.and_then(|config| config.get(key)).filter(|value| !value.is_null()));
+        let id_value = |key: &str| {
+            get(key).or_else(|| {
+                fallback
+                    .and_then(|config| config.get(key))
+                    .filter(|value| !value.is_null())
+            })
+        };
         let bad = |key: &str, value: &Value, bound: &str| {
             Error::refused(format!("{key} in {}", path.display()), value, bound)
         };
         let ids = |key: &str, value: Option<&Value>| -> Result<Vec<u32>> {
-            let Some(value) = value else { return Ok(Vec::new()) };
+            let Some(value) = value else {
+                return Ok(Vec::new());
+            };
             let list = match value {
                 Value::Array(list) => list.as_slice(),
                 one => std::slice::from_ref(one),
             };
             list.iter()
-                .map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| bad(key, value, "token ids")))
+                .map(|id| {
+                    id.as_u64()
+                        .and_then(|id| u32::try_from(id).ok())
+                        .ok_or_else(|| bad(key, value, "token ids"))
+                })
                 .collect()
         };
         let one = |key: &str, value: Option<&Value>| -> Result<Option<u32>> {
@@ -111,7 +123,10 @@ impl Settings {
         let mut suppressed = ids("suppress_tokens", get("suppress_tokens"))?;
         let mut bad_words = Vec::new();
         if let Some(value) = get("bad_words_ids") {
-            for word in value.as_array().ok_or_else(|| bad("bad_words_ids", value, "a list of lists"))? {
+            for word in value
+                .as_array()
+                .ok_or_else(|| bad("bad_words_ids", value, "a list of lists"))?
+            {
                 match ids("bad_words_ids", Some(word))?.as_slice() {
                     // A bad word that ends a sequence is allowed all the same, as transformers has it.
                     [id] if eos.contains(id) => {}
@@ -124,7 +139,10 @@ impl Settings {
         let number = |key: &str| -> Result<Option<f64>> {
             match get(key) {
                 None => Ok(None),
-                Some(value) => value.as_f64().map(Some).ok_or_else(|| bad(key, value, "a number")),
+                Some(value) => value
+                    .as_f64()
+                    .map(Some)
+                    .ok_or_else(|| bad(key, value, "a number")),
             }
         };
         Ok(Settings {
@@ -139,7 +157,9 @@ impl Settings {
                 None | Some(Value::Bool(false)) => EarlyStopping::No,
                 Some(Value::Bool(true)) => EarlyStopping::Yes,
                 Some(Value::String(word)) if word == "never" => EarlyStopping::Never,
-                Some(other) => return Err(bad("early_stopping", other, "true, false or \"never\"")),
+                Some(other) => {
+                    return Err(bad("early_stopping", other, "true, false or \"never\""));
+                }
             },
             start,
             eos,
@@ -154,23 +174,47 @@ impl Settings {
     /// An error for settings that the model cannot follow.
     pub(super) fn check(&self, vocab: u32, positions: u32) -> Result<()> {
         if self.beams == 0 || self.beams > MAX_BEAMS {
-            return Err(Error::refused("beams", self.beams, format!("1 to {MAX_BEAMS}")));
+            return Err(Error::refused(
+                "beams",
+                self.beams,
+                format!("1 to {MAX_BEAMS}"),
+            ));
         }
         if self.max_tokens == 0 || self.max_tokens > positions {
             let bound = format!("1 to the model's {positions} positions");
             return Err(Error::refused("max_tokens", self.max_tokens, bound));
         }
         if !self.length_penalty.is_finite() {
-            return Err(Error::refused("length_penalty", self.length_penalty, "a finite number"));
+            return Err(Error::refused(
+                "length_penalty",
+                self.length_penalty,
+                "a finite number",
+            ));
         }
-        let ids = [self.start].into_iter().chain(self.forced_bos).chain(self.forced_eos);
-        let lists = self.eos.iter().chain(&self.suppressed).chain(&self.begin_suppressed).chain(self.bad_words.iter().flatten());
+        let ids = [self.start]
+            .into_iter()
+            .chain(self.forced_bos)
+            .chain(self.forced_eos);
+        let lists = self
+            .eos
+            .iter()
+            .chain(&self.suppressed)
+            .chain(&self.begin_suppressed)
+            .chain(self.bad_words.iter().flatten());
         if let Some(id) = ids.chain(lists.copied()).find(|&id| id >= vocab) {
-            return Err(Error::refused("a token id of the generation settings", id, format!("below the vocabulary's {vocab}")));
+            return Err(Error::refused(
+                "a token id of the generation settings",
+                id,
+                format!("below the vocabulary's {vocab}"),
+            ));
         }
         let candidates = self.candidates();
         if candidates > vocab {
-            return Err(Error::refused("beams", self.beams, format!("a vocabulary of {candidates} tokens or more")));
+            return Err(Error::refused(
+                "beams",
+                self.beams,
+                format!("a vocabulary of {candidates} tokens or more"),
+            ));
         }
         Ok(())
     }

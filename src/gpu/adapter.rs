@@ -44,8 +44,15 @@ pub fn adapters(wanted: Option<&str>) -> Result<Vec<AdapterReport>> {
                 number,
                 kind: kind(info.device_type),
                 backend: info.backend.to_string(),
-                driver: format!("{} {}", info.driver, info.driver_info).trim().to_string(),
-                caps: Caps::new(info, adapter.features(), adapter.limits(), cooperative(adapter)),
+                driver: format!("{} {}", info.driver, info.driver_info)
+                    .trim()
+                    .to_string(),
+                caps: Caps::new(
+                    info,
+                    adapter.features(),
+                    adapter.limits(),
+                    cooperative(adapter),
+                ),
                 chosen: match &chosen {
                     Some((ix, why)) if *ix == number => Some(why.clone()),
                     _ => None,
@@ -74,7 +81,9 @@ fn kind(kind: wgpu::DeviceType) -> &'static str {
 
 /// The adapter's index and the reason: the caller's wish, the environment's, or the fastest kind.
 fn pick(found: &[wgpu::Adapter], wanted: Option<&str>) -> Result<(usize, String)> {
-    let environment = std::env::var(DEVICE_VARIABLE).ok().filter(|value| !value.is_empty());
+    let environment = std::env::var(DEVICE_VARIABLE)
+        .ok()
+        .filter(|value| !value.is_empty());
     let wish = match (wanted, &environment) {
         (Some(wanted), _) => Some((wanted, "--device")),
         (None, Some(value)) => Some((value.as_str(), DEVICE_VARIABLE)),
@@ -88,7 +97,9 @@ fn pick(found: &[wgpu::Adapter], wanted: Option<&str>) -> Result<(usize, String)
             wgpu::DeviceType::Other => 3,
             wgpu::DeviceType::Cpu => 4,
         };
-        let best = (0..found.len()).min_by_key(|&ix| rank(&found[ix])).unwrap_or(0);
+        let best = (0..found.len())
+            .min_by_key(|&ix| rank(&found[ix]))
+            .unwrap_or(0);
         let kind = kind(found[best].get_info().device_type);
         let why = match found.len() {
             1 => "the only one".to_string(),
@@ -103,14 +114,17 @@ fn pick(found: &[wgpu::Adapter], wanted: Option<&str>) -> Result<(usize, String)
             .iter()
             .position(|adapter| adapter.get_info().name.to_lowercase().contains(&wish))
     };
-    by_number.or_else(by_name).map(|ix| (ix, format!("chosen by {by}"))).ok_or_else(|| {
-        let names: Vec<String> = found
-            .iter()
-            .enumerate()
-            .map(|(ix, adapter)| format!("{ix} = {}", adapter.get_info().name))
-            .collect();
-        Error::NoAdapter(format!("{by} is {wish:?}: there is {}", names.join(", ")))
-    })
+    by_number
+        .or_else(by_name)
+        .map(|ix| (ix, format!("chosen by {by}")))
+        .ok_or_else(|| {
+            let names: Vec<String> = found
+                .iter()
+                .enumerate()
+                .map(|(ix, adapter)| format!("{ix} = {}", adapter.get_info().name))
+                .collect();
+            Error::NoAdapter(format!("{by} is {wish:?}: there is {}", names.join(", ")))
+        })
 }
 
 pub(super) fn cooperative(adapter: &wgpu::Adapter) -> Vec<CoopShape> {

@@ -97,14 +97,26 @@ impl Caps {
             subgroups: None,
             cooperative: Vec::new(),
             timestamps: false,
-            workgroup_memory: least.max_compute_workgroup_storage_size.min(self.workgroup_memory),
-            invocations: least.max_compute_invocations_per_workgroup.min(self.invocations),
-            storage_buffers: least.max_storage_buffers_per_shader_stage.min(self.storage_buffers),
+            workgroup_memory: least
+                .max_compute_workgroup_storage_size
+                .min(self.workgroup_memory),
+            invocations: least
+                .max_compute_invocations_per_workgroup
+                .min(self.invocations),
+            storage_buffers: least
+                .max_storage_buffers_per_shader_stage
+                .min(self.storage_buffers),
             max_binding: least.max_storage_buffer_binding_size.min(self.max_binding),
             max_buffer: least.max_buffer_size.min(self.max_buffer),
-            max_groups: least.max_compute_workgroups_per_dimension.min(self.max_groups),
-            uniform_align: least.min_uniform_buffer_offset_alignment.max(self.uniform_align),
-            storage_align: least.min_storage_buffer_offset_alignment.max(self.storage_align),
+            max_groups: least
+                .max_compute_workgroups_per_dimension
+                .min(self.max_groups),
+            uniform_align: least
+                .min_uniform_buffer_offset_alignment
+                .max(self.uniform_align),
+            storage_align: least
+                .min_storage_buffer_offset_alignment
+                .max(self.storage_align),
         }
     }
 }

@@ -69,16 +69,20 @@ impl Gpu {
         let cache = pipeline_cache::DiskCache::open(&device, &info);
         let gpu = Gpu::assemble(device, queue, cooperative, cache);
         let trouble = gpu.0.trouble.clone();
-        gpu.0.device.set_device_lost_callback(move |reason, message| {
-            if !matches!(reason, wgpu::DeviceLostReason::Destroyed) {
-                lock(&trouble).lost = Some(message);
-            }
-        });
+        gpu.0
+            .device
+            .set_device_lost_callback(move |reason, message| {
+                if !matches!(reason, wgpu::DeviceLostReason::Destroyed) {
+                    lock(&trouble).lost = Some(message);
+                }
+            });
         let trouble = gpu.0.trouble.clone();
-        gpu.0.device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-            tracing::error!("{error}");
-            lock(&trouble).errors.push(error.to_string());
-        }));
+        gpu.0
+            .device
+            .on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+                tracing::error!("{error}");
+                lock(&trouble).errors.push(error.to_string());
+            }));
         tracing::info!(adapter = info.name, driver = info.driver_info, "device");
         Ok(gpu)
     }
@@ -111,7 +115,12 @@ impl Gpu {
         cache: Option<pipeline_cache::DiskCache>,
     ) -> Gpu {
         Gpu(Arc::new(Inner {
-            caps: Caps::new(device.adapter_info(), device.features(), device.limits(), cooperative),
+            caps: Caps::new(
+                device.adapter_info(),
+                device.features(),
+                device.limits(),
+                cooperative,
+            ),
             device,
             queue,
             templates: shader::templates(),
@@ -143,7 +152,10 @@ impl Gpu {
     }
 
     pub(crate) fn count_bind_group(&self) {
-        self.0.stats.bind_groups.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.0
+            .stats
+            .bind_groups
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// The pipeline of a variant: compiled at its first use, then kept.
@@ -163,22 +175,34 @@ impl Gpu {
             // parameters and guards each access by the tensor's extents, which `Problem::new` and the
             // host side of the ops have checked against the buffers; canary tests cover every variant.
             let module = unsafe {
-                inner.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+                inner.device.create_shader_module_trusted(
+                    descriptor,
+                    wgpu::ShaderRuntimeChecks::unchecked(),
+                )
             };
-            inner.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-                label: Some(shader.kernel),
-                layout: None,
-                module: &module,
-                entry_point: Some("main"),
-                compilation_options: wgpu::PipelineCompilationOptions {
-                    zero_initialize_workgroup_memory: false,
-                    ..Default::default()
-                },
-                cache: inner.cache.as_ref().map(|cache| cache.handle()),
-            })
+            inner
+                .device
+                .create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                    label: Some(shader.kernel),
+                    layout: None,
+                    module: &module,
+                    entry_point: Some("main"),
+                    compilation_options: wgpu::PipelineCompilationOptions {
+                        zero_initialize_workgroup_memory: false,
+                        ..Default::default()
+                    },
+                    cache: inner.cache.as_ref().map(|cache| cache.handle()),
+                })
         })?;
-        tracing::debug!(kernel = shader.kernel, ms = started.elapsed().as_secs_f64() * 1e3, "pipeline");
-        inner.stats.pipelines.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        tracing::debug!(
+            kernel = shader.kernel,
+            ms = started.elapsed().as_secs_f64() * 1e3,
+            "pipeline"
+        );
+        inner
+            .stats
+            .pipelines
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         lock(&inner.pipelines).insert(shader.clone(), pipeline.clone());
         Ok(pipeline)
     }
@@ -284,10 +308,17 @@ impl Gpu {
     }
 
     /// A tensor of floats, stored as `dtype`.
-    pub fn upload_floats(&self, label: &str, dtype: DType, shape: &[u32], values: &[f32]) -> Result<Tensor> {
+    pub fn upload_floats(
+        &self,
+        label: &str,
+        dtype: DType,
+        shape: &[u32],
+        values: &[f32],
+    ) -> Result<Tensor> {
         match dtype {
             DType::F16 => {
-                let halves: Vec<half::f16> = values.iter().map(|&x| half::f16::from_f32(x)).collect();
+                let halves: Vec<half::f16> =
+                    values.iter().map(|&x| half::f16::from_f32(x)).collect();
                 self.upload(label, dtype, shape, bytemuck::cast_slice(&halves))
             }
             _ => self.upload(label, dtype, shape, bytemuck::cast_slice(values)),
@@ -324,7 +355,10 @@ impl Gpu {
     pub(crate) fn submit(&self, recording: &Recording) -> Result<wgpu::SubmissionIndex> {
         let mut encoder = self.0.device.create_command_encoder(&Default::default());
         recording.encode(&mut encoder);
-        self.0.stats.submits.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.0
+            .stats
+            .submits
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let index = self.0.queue.submit([encoder.finish()]);
         self.alive()?;
         Ok(index)
@@ -356,9 +390,12 @@ impl Gpu {
         let index = self.submit(recording)?;
         let answer = Arc::new(Mutex::new(None));
         let told = answer.clone();
-        staging.buffer().slice(..).map_async(wgpu::MapMode::Read, move |result| {
-            *lock(&told) = Some(result);
-        });
+        staging
+            .buffer()
+            .slice(..)
+            .map_async(wgpu::MapMode::Read, move |result| {
+                *lock(&told) = Some(result);
+            });
         self.wait(index)?;
         match lock(&answer).take() {
             Some(Ok(())) => {}

@@ -44,7 +44,9 @@ impl DiskCache {
         if std::fs::metadata(&self.path).is_ok_and(|file| file.len() == sealed.len() as u64) {
             return;
         }
-        let part = self.path.with_extension(format!("{}.part", std::process::id()));
+        let part = self
+            .path
+            .with_extension(format!("{}.part", std::process::id()));
         let written = self
             .path
             .parent()
@@ -88,7 +90,10 @@ mod tests {
     #[test]
     fn a_sealed_cache_opens_and_a_damaged_one_does_not() {
         let sealed = seal(b"compiled kernels");
-        assert_eq!(unseal(sealed.clone()).as_deref(), Some(&b"compiled kernels"[..]));
+        assert_eq!(
+            unseal(sealed.clone()).as_deref(),
+            Some(&b"compiled kernels"[..])
+        );
         assert_eq!(unseal(sealed[..sealed.len() - 1].to_vec()), None);
         let mut flipped = sealed;
         *flipped.last_mut().unwrap() ^= 1;

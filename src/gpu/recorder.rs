@@ -57,7 +57,10 @@ impl<'g> Recorder<'g> {
             let bytes = tensor.buffer().size();
             if bytes > caps.max_binding {
                 return Err(Error::refused(
-                    format!("a tensor of shape {:?} for `{}`", tensor.shape, shader.kernel),
+                    format!(
+                        "a tensor of shape {:?} for `{}`",
+                        tensor.shape, shader.kernel
+                    ),
                     format_args!("{bytes} bytes"),
                     format!("this device binds at most {} bytes", caps.max_binding),
                 ));
@@ -72,7 +75,8 @@ impl<'g> Recorder<'g> {
         })?;
         let pipeline = self.gpu.pipeline(shader)?;
         let align = caps.uniform_align.max(16) as usize;
-        self.params.resize(self.params.len().next_multiple_of(align), 0);
+        self.params
+            .resize(self.params.len().next_multiple_of(align), 0);
         let params_at = self.params.len() as u64;
         self.params.extend_from_slice(bytemuck::bytes_of(&params));
         self.commands.push(Command::Dispatch(Dispatch {
@@ -88,12 +92,14 @@ impl<'g> Recorder<'g> {
 
     /// Copies the whole of a tensor into a buffer of the host's.
     pub(crate) fn copy(&mut self, from: &Tensor, to: &wgpu::Buffer, at: u64) {
-        self.commands.push(Command::Copy(from.clone(), to.clone(), at));
+        self.commands
+            .push(Command::Copy(from.clone(), to.clone(), at));
     }
 
     /// Makes the uniform buffer and the bind groups; what results can be encoded any number of times.
     pub fn finish(mut self) -> Result<Recording> {
-        self.params.resize(self.params.len().next_multiple_of(16).max(16), 0);
+        self.params
+            .resize(self.params.len().next_multiple_of(16).max(16), 0);
         let params = self.gpu.upload_uniform(&self.params)?;
         let device = self.gpu.device();
         let steps = self

@@ -102,7 +102,10 @@ impl Tensor {
             shape: shape.to_vec(),
             ..self.clone()
         };
-        assert!(view.len() <= self.len(), "a reshape stays within the tensor");
+        assert!(
+            view.len() <= self.len(),
+            "a reshape stays within the tensor"
+        );
         view
     }
 }

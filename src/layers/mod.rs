@@ -100,7 +100,12 @@ impl Batch {
 
     /// The heads of a projection `parts` times as wide as the model, those of part `part`.
     fn part<'t>(&self, tensor: &'t Tensor, parts: u32, part: u32) -> Result<View<'t>> {
-        View::packed(tensor, self.extents(), parts * self.width(), part * self.width())
+        View::packed(
+            tensor,
+            self.extents(),
+            parts * self.width(),
+            part * self.width(),
+        )
     }
 }
 
@@ -140,7 +145,13 @@ pub struct Stream<'r, 'g> {
 
 impl<'r, 'g> Stream<'r, 'g> {
     /// Scratch for a batch; `ffn` is the widest feed-forward space.
-    pub fn new(recorder: &'r mut Recorder<'g>, dtype: DType, batch: Batch, order: NormOrder, ffn: u32) -> Result<Self> {
+    pub fn new(
+        recorder: &'r mut Recorder<'g>,
+        dtype: DType,
+        batch: Batch,
+        order: NormOrder,
+        ffn: u32,
+    ) -> Result<Self> {
         let gpu: &Gpu = recorder.gpu();
         let (rows, d) = (batch.rows(), batch.width());
         Ok(Stream {
@@ -202,7 +213,9 @@ impl<'r, 'g> Stream<'r, 'g> {
 
     fn feed_forward(&mut self, weights: &FeedForward) -> Result<()> {
         let input = self.enter(&weights.norm)?;
-        let hidden = self.hidden.reshape_prefix(&[self.batch.rows(), weights.up.n]);
+        let hidden = self
+            .hidden
+            .reshape_prefix(&[self.batch.rows(), weights.up.n]);
         let epilogue = Epilogue {
             activation: Some(weights.activation),
             ..Default::default()
@@ -220,7 +233,13 @@ impl<'r, 'g> Stream<'r, 'g> {
         tap: Option<&Tensor>,
     ) -> Result<()> {
         let input = self.enter(&weights.norm)?;
-        ops::matmul(self.recorder, &input, &weights.qkv, &self.projected, Epilogue::default())?;
+        ops::matmul(
+            self.recorder,
+            &input,
+            &weights.qkv,
+            &self.projected,
+            Epilogue::default(),
+        )?;
         let tensors = Tensors {
             q: self.batch.part(&self.projected, 3, 0)?,
             k: self.batch.part(&self.projected, 3, 1)?,
@@ -240,11 +259,29 @@ impl<'r, 'g> Stream<'r, 'g> {
     }
 
     /// Self-attention of one token a sequence over the cache, to which it is appended.
-    fn cached_attention(&mut self, weights: &SelfAttention, cache: &Cache, layer: usize) -> Result<()> {
+    fn cached_attention(
+        &mut self,
+        weights: &SelfAttention,
+        cache: &Cache,
+        layer: usize,
+    ) -> Result<()> {
         let input = self.enter(&weights.norm)?;
-        ops::matmul(self.recorder, &input, &weights.qkv, &self.projected, Epilogue::default())?;
+        ops::matmul(
+            self.recorder,
+            &input,
+            &weights.qkv,
+            &self.projected,
+            Epilogue::default(),
+        )?;
         let (k, v) = (&cache.k[layer], &cache.v[layer]);
-        ops::append(self.recorder, &self.projected, self.batch.width(), &cache.lengths, k, v)?;
+        ops::append(
+            self.recorder,
+            &self.projected,
+            self.batch.width(),
+            &cache.lengths,
+            k,
+            v,
+        )?;
         let tensors = Tensors {
             q: self.batch.part(&self.projected, 3, 0)?,
             k: View::bhld(k)?,
@@ -259,9 +296,16 @@ impl<'r, 'g> Stream<'r, 'g> {
         self.leave(&weights.norm, &mixed, &weights.out)
     }
 
-    fn cross_attention(&mut self, weights: &CrossAttention, source: Source, tap: Option<&Tensor>) -> Result<()> {
+    fn cross_attention(
+        &mut self,
+        weights: &CrossAttention,
+        source: Source,
+        tap: Option<&Tensor>,
+    ) -> Result<()> {
         let input = self.enter(&weights.norm)?;
-        let q = self.projected.reshape_prefix(&[self.batch.rows(), self.batch.width()]);
+        let q = self
+            .projected
+            .reshape_prefix(&[self.batch.rows(), self.batch.width()]);
         ops::matmul(self.recorder, &input, &weights.q, &q, Epilogue::default())?;
         let kv = Batch {
             sequences: source.sequences,
@@ -284,7 +328,12 @@ impl<'r, 'g> Stream<'r, 'g> {
 
     /// One encoder layer. `lengths` are the valid positions of each sequence, u32 [B]; `tap` takes the
     /// attention weights, f32 [B, H, L, L].
-    pub fn encoder_layer(&mut self, layer: &EncoderLayer, lengths: &Tensor, tap: Option<&Tensor>) -> Result<()> {
+    pub fn encoder_layer(
+        &mut self,
+        layer: &EncoderLayer,
+        lengths: &Tensor,
+        tap: Option<&Tensor>,
+    ) -> Result<()> {
         self.whole_attention(&layer.attention, Some(lengths), false, tap)?;
         self.feed_forward(&layer.feed_forward)
     }

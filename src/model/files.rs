@@ -8,7 +8,10 @@ use crate::{Error, Result};
 /// The bytes of a file: mapped, or compiled in.
 pub(crate) enum Bytes {
     Mapped(memmap2::Mmap),
-    #[cfg_attr(not(feature = "embedded-model"), expect(dead_code, reason = "only a compiled-in model is static"))]
+    #[cfg_attr(
+        not(feature = "embedded-model"),
+        expect(dead_code, reason = "only a compiled-in model is static")
+    )]
     Static(&'static [u8]),
 }
 
@@ -91,11 +94,17 @@ impl Source {
         {
             return Err(Error::file(path, "there is no such model directory"));
         }
-        self.file(name)?.ok_or_else(|| Error::file(self.path().join(name), "the model's directory lacks this file"))
+        self.file(name)?.ok_or_else(|| {
+            Error::file(
+                self.path().join(name),
+                "the model's directory lacks this file",
+            )
+        })
     }
 
     /// A JSON file of the directory.
     pub(crate) fn json(&self, name: &str) -> Result<serde_json::Value> {
-        serde_json::from_slice(&self.must(name)?).map_err(|e| Error::file(self.path().join(name), e))
+        serde_json::from_slice(&self.must(name)?)
+            .map_err(|e| Error::file(self.path().join(name), e))
     }
 }

@@ -1,7 +1,7 @@
 //! From a directory to a model on the device.
 
 use super::weights::Weights;
-use super::{EmbeddingSource, Model, Names, Positions, Source, Spec, Stack, marian};
+use super::{Model, Names, Positions, Source, Spec, Stack, marian};
 use crate::gpu::{DType, Gpu, Tensor};
 use crate::layers::{CrossAttention, DecoderLayer, EncoderLayer, FeedForward, SelfAttention};
 use crate::ops::{Embedding, Linear, Norm};
@@ -14,10 +14,12 @@ impl Model {
     /// # Errors
     /// [`Error::File`] for a file that is missing, damaged, or contradicts another one; [`Error::Refused`]
     /// for a model that no kernel can honour.
-    pub fn load(gpu: &Gpu, source: &Source, dtype: DType, progress: &mut dyn FnMut(u64, u64)) -> Result<Model> {
-        if dtype == DType::F16 && !gpu.caps().f16 {
-            return Err(Error::refused("dtype", "f16", "f32: this device has no f16 in shaders"));
-        }
+    pub fn load(
+        gpu: &Gpu,
+        source: &Source,
+        dtype: DType,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Model> {
         let config_path = source.path().join("config.json");
         let config = source.json("config.json")?;
         let (spec, names) = match config.get("model_type").and_then(|value| value.as_str()) {
@@ -30,12 +32,45 @@ impl Model {
                 ));
             }
         };
+        Model::load_as(gpu, source, &spec, names, dtype, progress)
+    }
+
+    /// Loads `model.safetensors` of the source as what `spec` says, under MarianMT's names: for stacks
+    /// that no config describes.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_spec(
+        gpu: &Gpu,
+        source: &Source,
+        spec: &Spec,
+        dtype: DType,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Model> {
+        Model::load_as(gpu, source, spec, &marian::NAMES, dtype, progress)
+    }
+
+    fn load_as(
+        gpu: &Gpu,
+        source: &Source,
+        spec: &Spec,
+        names: &Names,
+        dtype: DType,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Model> {
+        if dtype == DType::F16 && !gpu.caps().f16 {
+            return Err(Error::refused(
+                "dtype",
+                "f16",
+                "f32: this device has no f16 in shaders",
+            ));
+        }
         spec.check()?;
         let weights_path = source.path().join("model.safetensors");
         let weights = Weights::new(&weights_path, source.must("model.safetensors")?)?;
         let loader = Loader {
             gpu,
-            spec: &spec,
+            spec,
             names,
             dtype,
             weights,
@@ -43,7 +78,6 @@ impl Model {
         };
         loader.model()
     }
-
 }
 
 struct Loader<'a> {
@@ -60,21 +94,29 @@ impl Loader<'_> {
         let (spec, names) = (self.spec, self.names);
         let (source_vocab, target_vocab) = (spec.source_vocab, spec.target_vocab);
 
-        let shared = matches!(spec.embeddings, EmbeddingSource::OneForAll | EmbeddingSource::Shared);
-        let source_table = match shared {
-            true => self.table(names.shared_embedding, source_vocab)?,
-            false => self.table(names.source_embedding, source_vocab)?,
+        let all_shared = spec.shared_embeddings && spec.tied_logits;
+        let own = |weights: &Weights, name| match all_shared || !weights.has(name) {
+            true => names.shared_embedding,
+            false => name,
         };
-        let target_table = match shared {
+        let source_name = own(&self.weights, names.source_embedding);
+        let target_name = own(&self.weights, names.target_embedding);
+        let source_table = self.table(source_name, source_vocab)?;
+        let target_table = match target_name == source_name {
             true => source_table.clone(),
-            false => self.table(names.target_embedding, target_vocab)?,
+            false => self.table(target_name, target_vocab)?,
         };
-        let logits_table = match spec.embeddings {
-            EmbeddingSource::OneForAll | EmbeddingSource::TiedToLogits => target_table.clone(),
-            EmbeddingSource::Shared | EmbeddingSource::Separate => self.table(names.logits, target_vocab)?,
+        let logits_table = match spec.tied_logits || !self.weights.has(names.logits) {
+            true => target_table.clone(),
+            false => self.table(names.logits, target_vocab)?,
         };
         // Copies of tied tensors and sinusoidal tables that some exports save all the same.
-        for name in [names.shared_embedding, names.source_embedding, names.target_embedding, names.logits] {
+        for name in [
+            names.shared_embedding,
+            names.source_embedding,
+            names.target_embedding,
+            names.logits,
+        ] {
             self.weights.skip(name);
         }
         let logits_bias = match spec.logits_bias {
@@ -91,7 +133,10 @@ impl Loader<'_> {
             .map(|ix| self.decoder_layer(&format!("{}.{ix}", names.decoder_layer)))
             .collect::<Result<_>>()?;
         let (encoder_norm, decoder_norm) = match spec.final_norm {
-            true => (Some(self.norm(names.encoder_norm)?), Some(self.norm(names.decoder_norm)?)),
+            true => (
+                Some(self.norm(names.encoder_norm)?),
+                Some(self.norm(names.decoder_norm)?),
+            ),
             false => (None, None),
         };
         self.weights.finish()?;
@@ -138,7 +183,8 @@ impl Loader<'_> {
                 }
             }
         }
-        self.gpu.upload_floats(label, self.dtype, &[k as u32, stride as u32], &columns)
+        self.gpu
+            .upload_floats(label, self.dtype, &[k as u32, stride as u32], &columns)
     }
 
     /// An embedding table [V, d], laid out for the logits' product.
@@ -151,7 +197,8 @@ impl Loader<'_> {
     fn padded(&mut self, name: &str, shape: &[u32]) -> Result<Tensor> {
         let mut values = self.take(name, shape)?;
         values.resize(values.len().next_multiple_of(4), 0.0);
-        self.gpu.upload_floats(name, DType::F32, &[values.len() as u32], &values)
+        self.gpu
+            .upload_floats(name, DType::F32, &[values.len() as u32], &values)
     }
 
     fn embedding(&mut self, table: Tensor, vocab: u32, positions: &str) -> Result<Embedding> {
@@ -161,12 +208,16 @@ impl Loader<'_> {
                 self.weights.skip(positions);
                 (sinusoidal(n, d), 0, n)
             }
-            Positions::Learned { first } => (self.take(positions, &[n + first, d])?, first, n + first),
+            Positions::Learned { first } => {
+                (self.take(positions, &[n + first, d])?, first, n + first)
+            }
         };
         Ok(Embedding {
             table,
             vocab,
-            positions: self.gpu.upload_floats("positions", DType::F32, &[rows, d], &values)?,
+            positions: self
+                .gpu
+                .upload_floats("positions", DType::F32, &[rows, d], &values)?,
             first_position,
             scale: self.spec.embed_scale,
         })
@@ -184,7 +235,10 @@ impl Loader<'_> {
         bias.resize(bias.len().next_multiple_of(4), 0.0);
         Ok(Linear {
             weight: self.columns(prefix, &matrices, n, k)?,
-            bias: Some(self.gpu.upload_floats(prefix, DType::F32, &[bias.len() as u32], &bias)?),
+            bias: Some(
+                self.gpu
+                    .upload_floats(prefix, DType::F32, &[bias.len() as u32], &bias)?,
+            ),
             n: n_all,
         })
     }

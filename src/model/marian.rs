@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{EmbeddingSource, Names, Positions, Spec, Stack};
+use super::{Names, Positions, Spec, Stack};
 use crate::layers::NormOrder;
 use crate::ops::Activation;
 use crate::{Error, Result};
@@ -29,15 +29,15 @@ struct Config {
     share_encoder_decoder_embeddings: bool,
     #[serde(default = "yes")]
     tie_word_embeddings: bool,
-    // Older exports of other trainers; transformers reads none of them for Marian.
+    // Older exports have these at their neutral values, and transformers reads none of them.
     #[serde(default)]
     normalize_before: bool,
     #[serde(default)]
     normalize_embedding: bool,
     #[serde(default)]
     add_final_layer_norm: bool,
-    #[serde(default)]
-    static_position_embeddings: Option<bool>,
+    #[serde(default = "yes")]
+    static_position_embeddings: bool,
 }
 
 fn yes() -> bool {
@@ -60,10 +60,19 @@ pub(super) fn spec(path: &Path, json: &serde_json::Value) -> Result<Spec> {
             ));
         }
     };
-    if config.normalize_embedding || config.static_position_embeddings == Some(false) {
+    let odd = [
+        ("normalize_before", config.normalize_before),
+        ("normalize_embedding", config.normalize_embedding),
+        ("add_final_layer_norm", config.add_final_layer_norm),
+        (
+            "static_position_embeddings",
+            !config.static_position_embeddings,
+        ),
+    ];
+    if let Some((key, _)) = odd.into_iter().find(|(_, set)| *set) {
         return Err(Error::file(
             path,
-            "normalize_embedding or learned positions: not a MarianMT model that transformers would run so",
+            format_args!("{key} is not MarianMT's: transformers would ignore it"),
         ));
     }
     let target_vocab = match config.share_encoder_decoder_embeddings {
@@ -85,11 +94,8 @@ pub(super) fn spec(path: &Path, json: &serde_json::Value) -> Result<Spec> {
             ffn: config.decoder_ffn_dim,
         },
         activation,
-        order: match config.normalize_before {
-            true => NormOrder::Pre,
-            false => NormOrder::Post,
-        },
-        final_norm: config.add_final_layer_norm,
+        order: NormOrder::Post,
+        final_norm: false,
         norm_eps: 1e-5,
         embed_scale: match config.scale_embedding {
             true => (config.d_model as f32).sqrt(),
@@ -97,12 +103,8 @@ pub(super) fn spec(path: &Path, json: &serde_json::Value) -> Result<Spec> {
         },
         positions: Positions::Sinusoidal,
         max_positions: config.max_position_embeddings,
-        embeddings: match (config.share_encoder_decoder_embeddings, config.tie_word_embeddings) {
-            (true, true) => EmbeddingSource::OneForAll,
-            (true, false) => EmbeddingSource::Shared,
-            (false, true) => EmbeddingSource::TiedToLogits,
-            (false, false) => EmbeddingSource::Separate,
-        },
+        shared_embeddings: config.share_encoder_decoder_embeddings,
+        tied_logits: config.tie_word_embeddings,
         logits_bias: true,
     })
 }

@@ -35,19 +35,6 @@ pub enum Positions {
     },
 }
 
-/// Which embeddings are one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EmbeddingSource {
-    /// Source, target and logits are one matrix.
-    OneForAll,
-    /// Source and target are one, the logits have their own.
-    Shared,
-    /// Target and logits are one, the source has its own.
-    TiedToLogits,
-    /// Three matrices.
-    Separate,
-}
-
 /// Everything in which encoder-decoder families differ.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
@@ -75,8 +62,11 @@ pub struct Spec {
     pub positions: Positions,
     /// The longest sequence.
     pub max_positions: u32,
-    /// Which embeddings are one.
-    pub embeddings: EmbeddingSource,
+    /// Source and target embeddings are one matrix, if `tied_logits` is set too; else each is its own
+    /// where the weights have it.
+    pub shared_embeddings: bool,
+    /// The logits' matrix is the target's embeddings.
+    pub tied_logits: bool,
     /// Whether the logits have a bias.
     pub logits_bias: bool,
 }
@@ -91,7 +81,11 @@ impl Spec {
                 return refuse("layers", stack.layers, "1 to 1024".into());
             }
             if stack.heads == 0 || !self.width.is_multiple_of(stack.heads) {
-                return refuse("heads", stack.heads, format!("they must divide the width, {}", self.width));
+                return refuse(
+                    "heads",
+                    stack.heads,
+                    format!("they must divide the width, {}", self.width),
+                );
             }
             if self.width / stack.heads > crate::attention::MAX_HEAD_DIM {
                 let bound = format!("at most {} columns a head", crate::attention::MAX_HEAD_DIM);
@@ -172,7 +166,10 @@ impl Padded {
         let len = rows.iter().map(|row| row.len()).max().unwrap_or(0);
         let padding = |row: &[u32]| std::iter::repeat_n(pad, len - row.len());
         Padded {
-            ids: rows.iter().flat_map(|row| row.iter().copied().chain(padding(row))).collect(),
+            ids: rows
+                .iter()
+                .flat_map(|row| row.iter().copied().chain(padding(row)))
+                .collect(),
             lengths: rows.iter().map(|row| row.len() as u32).collect(),
             len: len as u32,
         }
@@ -222,23 +219,38 @@ impl Model {
     }
 
     fn upload_batch(&self, what: &str, batch: &Padded, vocab: u32) -> Result<(Tensor, Tensor)> {
-        let refuse = |value: String, bound: String| Err(Error::refused(what.to_string(), value, bound));
+        let refuse =
+            |value: String, bound: String| Err(Error::refused(what.to_string(), value, bound));
         if batch.lengths.is_empty() || batch.ids.len() != batch.lengths.len() * batch.len as usize {
             let (n, rows, len) = (batch.ids.len(), batch.lengths.len(), batch.len);
-            return refuse(format!("{n} tokens in {rows} rows of {len}"), "whole rows, one at least".into());
+            return refuse(
+                format!("{n} tokens in {rows} rows of {len}"),
+                "whole rows, one at least".into(),
+            );
         }
         if let Some(row) = batch.lengths.iter().position(|&n| n == 0 || n > batch.len) {
-            return refuse(format!("{} tokens in row {row}", batch.lengths[row]), format!("1 to {}", batch.len));
+            return refuse(
+                format!("{} tokens in row {row}", batch.lengths[row]),
+                format!("1 to {}", batch.len),
+            );
         }
         if batch.len > self.spec.max_positions {
-            return refuse(format!("{} tokens long", batch.len), format!("the model has {} positions", self.spec.max_positions));
+            return refuse(
+                format!("{} tokens long", batch.len),
+                format!("the model has {} positions", self.spec.max_positions),
+            );
         }
         if let Some(id) = batch.ids.iter().find(|&&id| id >= vocab) {
-            return refuse(format!("token {id}"), format!("the vocabulary has {vocab} tokens"));
+            return refuse(
+                format!("token {id}"),
+                format!("the vocabulary has {vocab} tokens"),
+            );
         }
         Ok((
-            self.gpu.upload_u32(what, &[batch.ids.len() as u32], &batch.ids)?,
-            self.gpu.upload_u32("lengths", &[batch.lengths.len() as u32], &batch.lengths)?,
+            self.gpu
+                .upload_u32(what, &[batch.ids.len() as u32], &batch.ids)?,
+            self.gpu
+                .upload_u32("lengths", &[batch.lengths.len() as u32], &batch.lengths)?,
         ))
     }
 
@@ -253,9 +265,21 @@ impl Model {
         let heads = self.spec.encoder.heads;
         let mut recorder = Recorder::new(&self.gpu);
         let batch = self.batch(n, len, heads);
-        let mut stream = Stream::new(&mut recorder, self.dtype, batch, self.spec.order, self.spec.encoder.ffn)?;
+        let mut stream = Stream::new(
+            &mut recorder,
+            self.dtype,
+            batch,
+            self.spec.order,
+            self.spec.encoder.ffn,
+        )?;
         let x = stream.state().clone();
-        ops::embed(stream.recorder(), &ids, &self.source, Places::Sequence(len), &x)?;
+        ops::embed(
+            stream.recorder(),
+            &ids,
+            &self.source,
+            Places::Sequence(len),
+            &x,
+        )?;
         let mut attentions = Vec::new();
         for layer in &self.encoder {
             let tap = self.tap(with_attentions, [n, heads, len, len], &mut attentions)?;
@@ -267,8 +291,16 @@ impl Model {
         let states = stream.state().clone();
         let mut cross = Vec::new();
         for layer in &self.decoder {
-            let kv = self.gpu.empty("cross k v", self.dtype, &[n * len, 2 * self.spec.width])?;
-            ops::matmul(&mut recorder, &states, &layer.cross.kv, &kv, Epilogue::default())?;
+            let kv = self
+                .gpu
+                .empty("cross k v", self.dtype, &[n * len, 2 * self.spec.width])?;
+            ops::matmul(
+                &mut recorder,
+                &states,
+                &layer.cross.kv,
+                &kv,
+                Epilogue::default(),
+            )?;
             cross.push(kv);
         }
         self.gpu.submit(&recorder.finish()?)?;
@@ -287,32 +319,74 @@ impl Model {
     /// # Errors
     /// [`Error::Refused`] for empty or too long targets, ids outside the vocabulary, and a number of
     /// targets that is not the memory's number of sources.
-    pub fn forward(&self, memory: &Memory, targets: &Padded, with_attentions: bool) -> Result<Forward> {
+    pub fn forward(
+        &self,
+        memory: &Memory,
+        targets: &Padded,
+        with_attentions: bool,
+    ) -> Result<Forward> {
         let rows = targets.lengths.len();
         if rows != memory.sources as usize {
             let bound = format!("{} rows, as the sources", memory.sources);
-            return Err(Error::refused("decoder_input_ids", format_args!("{rows} rows"), bound));
+            return Err(Error::refused(
+                "decoder_input_ids",
+                format_args!("{rows} rows"),
+                bound,
+            ));
         }
         let (ids, _) = self.upload_batch("decoder_input_ids", targets, self.spec.target_vocab)?;
         let len = targets.len;
         let (n, heads) = (memory.sources, self.spec.decoder.heads);
         let mut recorder = Recorder::new(&self.gpu);
         let batch = self.batch(n, len, heads);
-        let mut stream = Stream::new(&mut recorder, self.dtype, batch, self.spec.order, self.spec.decoder.ffn)?;
+        let mut stream = Stream::new(
+            &mut recorder,
+            self.dtype,
+            batch,
+            self.spec.order,
+            self.spec.decoder.ffn,
+        )?;
         let x = stream.state().clone();
-        ops::embed(stream.recorder(), &ids, &self.target, Places::Sequence(len), &x)?;
+        ops::embed(
+            stream.recorder(),
+            &ids,
+            &self.target,
+            Places::Sequence(len),
+            &x,
+        )?;
         let (mut decoder_attentions, mut cross_attentions) = (Vec::new(), Vec::new());
         for (ix, layer) in self.decoder.iter().enumerate() {
-            let own = self.tap(with_attentions, [n, heads, len, len], &mut decoder_attentions)?;
-            let cross = self.tap(with_attentions, [n, heads, len, memory.len], &mut cross_attentions)?;
-            stream.decoder_layer(layer, Past::None, memory.layer(ix), [own.as_ref(), cross.as_ref()])?;
+            let own = self.tap(
+                with_attentions,
+                [n, heads, len, len],
+                &mut decoder_attentions,
+            )?;
+            let cross = self.tap(
+                with_attentions,
+                [n, heads, len, memory.len],
+                &mut cross_attentions,
+            )?;
+            stream.decoder_layer(
+                layer,
+                Past::None,
+                memory.layer(ix),
+                [own.as_ref(), cross.as_ref()],
+            )?;
         }
         if let Some(norm) = &self.decoder_norm {
             stream.norm(norm)?;
         }
         let states = stream.state().clone();
-        let logits = self.gpu.empty("logits", DType::F32, &[n, len, self.spec.target_vocab])?;
-        ops::matmul(&mut recorder, &states, &self.logits, &logits, Epilogue::default())?;
+        let logits = self
+            .gpu
+            .empty("logits", DType::F32, &[n, len, self.spec.target_vocab])?;
+        ops::matmul(
+            &mut recorder,
+            &states,
+            &self.logits,
+            &logits,
+            Epilogue::default(),
+        )?;
         self.gpu.submit(&recorder.finish()?)?;
         Ok(Forward {
             logits,
@@ -332,11 +406,28 @@ impl Model {
         logits: &Tensor,
     ) -> Result<()> {
         let batch = self.batch(ids.shape[0], 1, self.spec.decoder.heads);
-        let mut stream = Stream::new(recorder, self.dtype, batch, self.spec.order, self.spec.decoder.ffn)?;
+        let mut stream = Stream::new(
+            recorder,
+            self.dtype,
+            batch,
+            self.spec.order,
+            self.spec.decoder.ffn,
+        )?;
         let x = stream.state().clone();
-        ops::embed(stream.recorder(), ids, &self.target, Places::Lengths(&cache.lengths), &x)?;
+        ops::embed(
+            stream.recorder(),
+            ids,
+            &self.target,
+            Places::Lengths(&cache.lengths),
+            &x,
+        )?;
         for (ix, layer) in self.decoder.iter().enumerate() {
-            stream.decoder_layer(layer, Past::Cached(cache, ix), memory.layer(ix), [None, None])?;
+            stream.decoder_layer(
+                layer,
+                Past::Cached(cache, ix),
+                memory.layer(ix),
+                [None, None],
+            )?;
         }
         if let Some(norm) = &self.decoder_norm {
             stream.norm(norm)?;

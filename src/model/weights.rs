@@ -25,7 +25,10 @@ impl Weights {
         let body = bytes.len() - (header + 8);
         if metadata.data_len() != body {
             let need = metadata.data_len();
-            return Err(Error::file(path, format_args!("its header promises {need} bytes of tensors, it has {body}")));
+            return Err(Error::file(
+                path,
+                format_args!("its header promises {need} bytes of tensors, it has {body}"),
+            ));
         }
         Ok(Weights {
             path: path.to_owned(),
@@ -42,21 +45,49 @@ impl Weights {
         (self.taken, (self.bytes.len() - self.header) as u64)
     }
 
+    pub fn has(&self, name: &str) -> bool {
+        self.metadata.info(name).is_some()
+    }
+
     /// The tensor `name`, which must have that shape and hold finite floats.
     pub fn take(&mut self, name: &str, shape: &[u32]) -> Result<Vec<f32>> {
-        let info = self.metadata.info(name).ok_or_else(|| self.error(format_args!("it has no tensor {name}")))?;
+        let info = self
+            .metadata
+            .info(name)
+            .ok_or_else(|| self.error(format_args!("it has no tensor {name}")))?;
         let wanted: Vec<usize> = shape.iter().map(|&n| n as usize).collect();
         if info.shape != wanted {
             let is = &info.shape;
-            return Err(self.error(format_args!("{name} has the shape {is:?}; config.json asks for {wanted:?}")));
+            return Err(self.error(format_args!(
+                "{name} has the shape {is:?}; config.json asks for {wanted:?}"
+            )));
         }
         let (from, to) = info.data_offsets;
         let data = &self.bytes[self.header + from..self.header + to];
         let values: Vec<f32> = match info.dtype {
-            Dtype::F32 => data.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-            Dtype::F16 => data.as_chunks::<2>().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect(),
-            Dtype::BF16 => data.as_chunks::<2>().0.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect(),
-            other => return Err(self.error(format_args!("{name} is {other:?}; f32, f16 and bf16 can be read"))),
+            Dtype::F32 => data
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|&b| f32::from_le_bytes(b))
+                .collect(),
+            Dtype::F16 => data
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|&b| half::f16::from_le_bytes(b).to_f32())
+                .collect(),
+            Dtype::BF16 => data
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|&b| half::bf16::from_le_bytes(b).to_f32())
+                .collect(),
+            other => {
+                return Err(self.error(format_args!(
+                    "{name} is {other:?}; f32, f16 and bf16 can be read"
+                )));
+            }
         };
         if let Some(ix) = values.iter().position(|value| !value.is_finite()) {
             let value = values[ix];

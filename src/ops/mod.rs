@@ -32,8 +32,13 @@ impl Activation {
 const THREADS: u64 = 64;
 
 fn check_u32(what: &str, elements: u64) -> Result<u32> {
-    u32::try_from(elements)
-        .map_err(|_| Error::refused(what, format_args!("{elements} elements"), "at most 2^32 - 1"))
+    u32::try_from(elements).map_err(|_| {
+        Error::refused(
+            what,
+            format_args!("{elements} elements"),
+            "at most 2^32 - 1",
+        )
+    })
 }
 
 /// A dense layer's weights, `Y = X W + bias`, W stored [K, N] with rows padded to whole fours.
@@ -60,7 +65,13 @@ pub struct Epilogue<'a> {
 const MANY_ROWS: u32 = 5;
 
 /// Y = activate(X W + bias) + residual. X: [M, K], Y: [M, N].
-pub fn matmul(recorder: &mut Recorder, x: &Tensor, linear: &Linear, y: &Tensor, epilogue: Epilogue) -> Result<()> {
+pub fn matmul(
+    recorder: &mut Recorder,
+    x: &Tensor,
+    linear: &Linear,
+    y: &Tensor,
+    epilogue: Epilogue,
+) -> Result<()> {
     let (k, stride) = (linear.weight.shape[0], linear.weight.shape[1]);
     let m = check_u32("a matrix product's rows", x.len() / k as u64)?;
     check_u32("a matrix product's result", m as u64 * linear.n as u64)?;
@@ -82,7 +93,10 @@ pub fn matmul(recorder: &mut Recorder, x: &Tensor, linear: &Linear, y: &Tensor, 
         .with("ROWS", rows)
         .with("HAS_BIAS", linear.bias.is_some())
         .with("HAS_RESIDUAL", epilogue.residual.is_some())
-        .with("ACTIVATION", epilogue.activation.map_or("none", Activation::wgsl));
+        .with(
+            "ACTIVATION",
+            epilogue.activation.map_or("none", Activation::wgsl),
+        );
     let bindings: Vec<&Tensor> = [x, &linear.weight, y]
         .into_iter()
         .chain(&linear.bias)
@@ -107,9 +121,16 @@ pub struct Norm {
 pub fn norm(recorder: &mut Recorder, x: &Tensor, norm: &Norm, y: &Tensor) -> Result<()> {
     let width = norm.gamma.shape[0];
     let rows = check_u32("a norm's input", x.len())? / width;
-    let shader = Shader::new("norm").with("F16", x.dtype == DType::F16).with("T", x.dtype.wgsl());
+    let shader = Shader::new("norm")
+        .with("F16", x.dtype == DType::F16)
+        .with("T", x.dtype.wgsl());
     let params = [rows, width, norm.eps.to_bits(), 0];
-    recorder.dispatch(&shader, params, &[x, &norm.gamma, &norm.beta, y], rows as u64)
+    recorder.dispatch(
+        &shader,
+        params,
+        &[x, &norm.gamma, &norm.beta, y],
+        rows as u64,
+    )
 }
 
 /// Token embeddings and positions.
@@ -136,7 +157,13 @@ pub enum Places<'a> {
 }
 
 /// X[r] = scale E[id] + positions[place]. ids: u32 [R], X: [R, d]
-pub fn embed(recorder: &mut Recorder, ids: &Tensor, embedding: &Embedding, places: Places, x: &Tensor) -> Result<()> {
+pub fn embed(
+    recorder: &mut Recorder,
+    ids: &Tensor,
+    embedding: &Embedding,
+    places: Places,
+    x: &Tensor,
+) -> Result<()> {
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
     struct Params {
@@ -196,18 +223,38 @@ pub fn append(
         .with("F16", qkv.dtype == DType::F16)
         .with("T", qkv.dtype.wgsl());
     let stride = (qkv.len() / rows as u64) as u32;
-    let params = [rows, kv_heads, head_dim, capacity, stride, k_column, k_column + width, 0];
+    let params = [
+        rows,
+        kv_heads,
+        head_dim,
+        capacity,
+        stride,
+        k_column,
+        k_column + width,
+        0,
+    ];
     let groups = (rows as u64 * width as u64).div_ceil(THREADS);
     recorder.dispatch(&shader, params, &[qkv, lengths, k_cache, v_cache], groups)
 }
 
 /// Beams take over their parents' histories: permutes `rows` and enters each row at its own position.
 /// parents, lengths: u32 [R], rows: u32 [R, L]
-pub fn reorder(recorder: &mut Recorder, parents: &Tensor, lengths: &Tensor, rows: &Tensor, beams: u32) -> Result<()> {
+pub fn reorder(
+    recorder: &mut Recorder,
+    parents: &Tensor,
+    lengths: &Tensor,
+    rows: &Tensor,
+    beams: u32,
+) -> Result<()> {
     let (sources, capacity) = (rows.shape[0] / beams, rows.shape[1]);
     let shader = Shader::new("reorder").with("BEAMS", beams);
     let groups = (sources as u64 * capacity as u64).div_ceil(THREADS);
-    recorder.dispatch(&shader, [sources, capacity, 0, 0], &[parents, lengths, rows], groups)
+    recorder.dispatch(
+        &shader,
+        [sources, capacity, 0, 0],
+        &[parents, lengths, rows],
+        groups,
+    )
 }
 
 /// What `choose` reads and writes.
@@ -229,6 +276,12 @@ pub fn choose(recorder: &mut Recorder, choice: Choice) -> Result<()> {
     let (rows, vocab) = (choice.logits.shape[0], choice.logits.shape[1]);
     let shader = Shader::new("choose").with("CANDIDATES", choice.chosen.shape[1]);
     let params = [rows, vocab, choice.allowed.shape[1], 0];
-    let bindings = [choice.logits, choice.allowed, choice.lengths, choice.chosen, choice.ids];
+    let bindings = [
+        choice.logits,
+        choice.allowed,
+        choice.lengths,
+        choice.chosen,
+        choice.ids,
+    ];
     recorder.dispatch(&shader, params, &bindings, rows as u64)
 }
