@@ -14,5 +14,9 @@ pub mod model;
 pub mod ops;
 pub mod reference;
 #[cfg(feature = "models")]
+pub mod text;
+#[cfg(feature = "models")]
+pub mod translate;
+
 pub use error::{Error, Result};
 pub use wgpu;

@@ -1,7 +1,6 @@
 //! Small MarianMT models against what Hugging Face transformers makes of them (tests/goldens).
 
 #[path = "support/compare.rs"]
-#[allow(dead_code, reason = "shared by several tests")]
 mod compare;
 
 use std::path::{Path, PathBuf};

@@ -49,7 +49,6 @@ const EMBEDDED: &[(&str, &[u8])] = embedded![
     "generation_config.json",
     "model.safetensors",
     "source.spm",
-    "target.spm",
     "vocab.json",
 ];
 

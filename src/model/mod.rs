@@ -178,7 +178,7 @@ impl Padded {
 
 /// What the encoder made of a batch of sources: the decoder's long-term memory.
 pub struct Memory {
-    /// The encoder's output. [B S, d]
+    /// The encoder's output. [B, S, d]
     pub states: Tensor,
     /// Keys and values of every decoder layer, made once. [B S, 2 d]
     pub cross: Vec<Tensor>,
@@ -288,7 +288,7 @@ impl Model {
         if let Some(norm) = &self.encoder_norm {
             stream.norm(norm)?;
         }
-        let states = stream.state().clone();
+        let states = stream.state().reshape_prefix(&[n, len, self.spec.width]);
         let mut cross = Vec::new();
         for layer in &self.decoder {
             let kv = self

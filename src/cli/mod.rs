@@ -1,0 +1,155 @@
+//! The program: arguments, progress bars and pictures; no logic of its own.
+
+mod devices;
+mod explain;
+mod forward;
+mod picture;
+mod translate;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use qkv::gpu::{DEVICE_VARIABLE, DType, Gpu};
+use qkv::model::Source;
+use qkv::{Error, Result};
+
+#[derive(Parser)]
+#[command(version, about = "Attention on any GPU", max_term_width = 100)]
+struct Cli {
+    /// The device, by number or a part of its name, as `qkv devices` lists them
+    #[arg(long, global = true, env = DEVICE_VARIABLE)]
+    device: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Translate text; lines of standard input where none is given
+    Translate(translate::Options),
+    /// Run a model on token ids, for comparison with other implementations
+    Forward(forward::Options),
+    /// List the devices, what they can do, and which one would be taken
+    Devices(devices::Options),
+}
+
+#[derive(Args)]
+struct ModelOptions {
+    /// A Hugging Face MarianMT directory; the embedded model if not given
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// How weights and activations are stored
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    F16,
+}
+
+impl ModelOptions {
+    fn dtype(&self) -> DType {
+        match self.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+        }
+    }
+
+    fn source(&self) -> Result<Source> {
+        match &self.model {
+            Some(path) => Ok(Source::Directory(path.clone())),
+            #[cfg(feature = "embedded-model")]
+            None => Ok(Source::Embedded),
+            #[cfg(not(feature = "embedded-model"))]
+            None => Err(Error::refused(
+                "--model",
+                "absent",
+                "a directory: this build has no embedded model",
+            )),
+        }
+    }
+}
+
+/// Runs the program. Errors go to standard error, with exit code 2.
+pub fn run() -> ExitCode {
+    quiet_loader();
+    let logging = tracing_subscriber::EnvFilter::builder()
+        .with_env_var("QKV_LOG")
+        .with_default_directive(tracing_subscriber::filter::LevelFilter::OFF.into())
+        .from_env_lossy();
+    tracing_subscriber::fmt()
+        .with_env_filter(logging)
+        .with_writer(std::io::stderr)
+        .init();
+    let cli = Cli::parse();
+    let device = cli.device.as_deref().filter(|device| !device.is_empty());
+    let done = match &cli.command {
+        Command::Translate(options) => translate::run(options, device),
+        Command::Forward(options) => forward::run(options, device),
+        Command::Devices(options) => devices::run(options, device),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("qkv: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Keeps a Mesa layer from complaining, at every start in a container, that there is no desktop to ask
+/// which device it prefers. Ours is chosen by us.
+fn quiet_loader() {
+    if cfg!(target_os = "linux") && std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: the program's first act, while it has one thread.
+        unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
+    }
+}
+
+/// A bar on standard error, where that is a terminal.
+fn progress(n: u64, template: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(n), ProgressDrawTarget::stderr());
+    bar.set_style(ProgressStyle::with_template(template).expect("a template of ours"));
+    bar
+}
+
+/// Loads with a progress bar.
+fn load<T>(
+    gpu: &Gpu,
+    load: impl FnOnce(&Gpu, &mut dyn FnMut(u64, u64)) -> Result<T>,
+) -> Result<T> {
+    let bar = progress(0, "loading {bar:30} {bytes} / {total_bytes}");
+    let loaded = load(gpu, &mut |done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    loaded
+}
+
+/// Writes a line to standard output. A reader that has gone ends the program in peace.
+fn say(text: std::fmt::Arguments) -> Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    match out.write_fmt(text).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => other.map_err(|e| Error::file("standard output", e)),
+    }
+}
+
+/// Writes a file by way of another one, so that nothing half-written is ever there.
+fn write_whole(path: &std::path::Path, write: impl FnOnce(&std::path::Path) -> Result<()>) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.part", std::process::id()));
+    let part = path.with_file_name(name);
+    let written = write(&part)
+        .and_then(|()| std::fs::rename(&part, path).map_err(|e| Error::file(path, e)));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&part);
+    }
+    written
+}

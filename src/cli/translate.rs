@@ -1,0 +1,261 @@
+//! `qkv translate`.
+
+use std::io::{IsTerminal, Read};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use qkv::generate::Settings;
+use qkv::gpu::Gpu;
+use qkv::text::Tokenizer;
+use qkv::translate::{Translation, Translator};
+use qkv::{Error, Result};
+
+use super::{ModelOptions, explain, load, progress, say};
+
+#[derive(Args)]
+pub struct Options {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// The language to translate to: fra or zho with the embedded model
+    #[arg(long, value_name = "LANG")]
+    to: Option<String>,
+    /// Beams; 1 is greedy
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    beam: u32,
+    /// The most tokens to write for a line; as many as the model can, if not given
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
+    /// Lines that are translated together
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
+    /// One JSON object a line, with tokens, score, steps and memory
+    #[arg(long)]
+    json: bool,
+    /// Say for every step which words it attended to
+    #[arg(long)]
+    explain: bool,
+    /// Draw what the steps attended to; one text only
+    #[arg(long, value_name = "FILE.png")]
+    attention: Option<PathBuf>,
+    /// The decoder layer to show, from 0; the mean if not given
+    #[arg(long, value_name = "N")]
+    layer: Option<usize>,
+    /// The head to show, from 0; the mean if not given
+    #[arg(long, value_name = "N")]
+    head: Option<usize>,
+    /// Another font for the picture
+    #[arg(long, value_name = "FILE", requires = "attention")]
+    font: Option<PathBuf>,
+    /// The texts; the lines of standard input if there are none
+    text: Vec<String>,
+}
+
+/// A line of input: its name in errors, and its text.
+struct Line {
+    name: String,
+    text: String,
+    /// A blank line of standard input, which stays blank.
+    blank: bool,
+}
+
+pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
+    let lines = lines(options)?;
+    if options.attention.is_some() && lines.len() != 1 {
+        let n = lines.len();
+        return Err(Error::refused("--attention", format_args!("for {n} texts"), "one text"));
+    }
+    let started = Instant::now();
+    let gpu = Gpu::choose(device)?;
+    let (source, dtype) = (options.model.source()?, options.model.dtype());
+    let translator = load(&gpu, |gpu, progress| Translator::load(gpu, &source, dtype, progress))?;
+    let settings = settings(options, &translator)?;
+    let language = language(options, &translator.tokenizer)?;
+    // All of the input is read and checked before the first line goes out.
+    let mut ids = Vec::with_capacity(lines.len());
+    for line in &lines {
+        ids.push(match line.blank {
+            true => Vec::new(),
+            false => translator.encode(&line.name, &line.text, language)?,
+        });
+    }
+    tracing::info!(ms = started.elapsed().as_secs_f64() * 1e3, "ready");
+    Session {
+        options,
+        translator: &translator,
+        settings,
+    }
+    .translate(&lines, &ids)?;
+    gpu.save_pipelines();
+    Ok(())
+}
+
+fn lines(options: &Options) -> Result<Vec<Line>> {
+    let name = |ix: usize, kind: &str| format!("{kind} {}", ix + 1);
+    if !options.text.is_empty() {
+        let texts = options.text.iter().enumerate();
+        return Ok(texts
+            .map(|(ix, text)| Line {
+                name: name(ix, "text"),
+                text: text.clone(),
+                blank: false,
+            })
+            .collect());
+    }
+    let mut bytes = Vec::new();
+    std::io::stdin()
+        .read_to_end(&mut bytes)
+        .map_err(|e| Error::file("standard input", e))?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        let line = e.as_bytes()[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
+        Error::file("standard input", format_args!("not UTF-8: byte {at}, in line {line}"))
+    })?;
+    if text.trim().is_empty() {
+        return Err(Error::refused("standard input", "empty", "a text to translate"));
+    }
+    let lines = text.lines().enumerate();
+    Ok(lines
+        .map(|(ix, line)| Line {
+            name: name(ix, "line"),
+            text: line.to_string(),
+            blank: line.trim().is_empty(),
+        })
+        .collect())
+}
+
+fn settings(options: &Options, translator: &Translator) -> Result<Settings> {
+    let positions = translator.model.spec().max_positions;
+    let own = translator.settings.clone();
+    Ok(Settings {
+        beams: options.beam,
+        max_tokens: options.max_tokens.unwrap_or(own.max_tokens.min(positions)),
+        ..own
+    })
+}
+
+/// The language asked for; where the model knows several, one must be.
+fn language<'o>(options: &'o Options, tokenizer: &Tokenizer) -> Result<Option<&'o str>> {
+    let languages = tokenizer.languages();
+    match &options.to {
+        None if languages.len() > 1 => {
+            Err(Error::refused("--to", "absent", format!("one of {}", languages.join(", "))))
+        }
+        wanted => Ok(wanted.as_deref()),
+    }
+}
+
+struct Session<'a> {
+    options: &'a Options,
+    translator: &'a Translator,
+    settings: Settings,
+}
+
+impl Session<'_> {
+    /// Translates in batches and says the translations in order.
+    fn translate(&self, lines: &[Line], ids: &[Vec<u32>]) -> Result<()> {
+        let bar = (lines.len() > self.options.batch as usize)
+            .then(|| progress(lines.len() as u64, "translating {bar:30} {pos} / {len} lines {eta}"));
+        let batch = self.options.batch as usize;
+        for (lines, ids) in lines.chunks(batch).zip(ids.chunks(batch)) {
+            self.batch(lines, ids)?;
+            if let Some(bar) = &bar {
+                bar.suspend(|| ());
+                bar.inc(lines.len() as u64);
+            }
+        }
+        if let Some(bar) = &bar {
+            bar.finish_and_clear();
+        }
+        Ok(())
+    }
+
+    fn batch(&self, lines: &[Line], ids: &[Vec<u32>]) -> Result<()> {
+        let sources: Vec<Vec<u32>> = ids.iter().filter(|ids| !ids.is_empty()).cloned().collect();
+        // One greedy text on a terminal is shown as it comes.
+        let plain = !self.options.json && !self.options.explain;
+        let stream = plain && sources.len() == 1 && self.settings.beams == 1 && std::io::stdout().is_terminal();
+        let mut streaming = self.translator.tokenizer.streaming();
+        let mut heard: Result<()> = Ok(());
+        let mut translations = Vec::new().into_iter();
+        let mut decoder_steps = 0;
+        if !sources.is_empty() {
+            let done = self.translator.translate(&sources, &self.settings, &mut |step| {
+                let token = step.tokens.first().copied().flatten();
+                if let (true, Some(token), true) = (stream, token, heard.is_ok())
+                    && let Some(text) = streaming.push(token)
+                {
+                    heard = say(format_args!("{text}"));
+                }
+            })?;
+            heard?;
+            decoder_steps = done.decoder_steps;
+            translations = done.translations.into_iter();
+        }
+        for (line, ids) in lines.iter().zip(ids) {
+            let translation = match ids.is_empty() {
+                true => None,
+                false => translations.next(),
+            };
+            match translation {
+                None if self.options.json => say(format_args!("{}\n", self.json(line, None, 0)?))?,
+                None => say(format_args!("\n"))?,
+                Some(_) if stream => say(format_args!("\n"))?,
+                Some(translation) => self.show(line, &translation, decoder_steps)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn show(&self, line: &Line, translation: &Translation, decoder_steps: u32) -> Result<()> {
+        if self.options.json {
+            let json = self.json(line, Some(translation), decoder_steps)?;
+            say(format_args!("{json}\n"))?;
+        } else {
+            say(format_args!("{}\n", translation.text))?;
+        }
+        let (layer, head) = (self.options.layer, self.options.head);
+        if self.options.explain && !self.options.json {
+            let attention = self.translator.attention(translation, layer, head)?;
+            let tokenizer = &self.translator.tokenizer;
+            say(format_args!("{}", explain::text(tokenizer, &attention, decoder_steps)))?;
+        }
+        if let Some(path) = &self.options.attention {
+            let attention = self.translator.attention(translation, layer, head)?;
+            let tokenizer = &self.translator.tokenizer;
+            let shown = explain::Shown { layer, head };
+            let caption = format!("{} → {}", line.text.trim(), translation.text);
+            explain::draw(tokenizer, &attention, shown, &caption, self.options.font.as_deref(), path)?;
+        }
+        Ok(())
+    }
+
+    fn json(&self, line: &Line, translation: Option<&Translation>, decoder_steps: u32) -> Result<serde_json::Value> {
+        let Some(translation) = translation else {
+            return Ok(serde_json::json!({ "source": line.text, "translation": "" }));
+        };
+        let (tokenizer, model) = (&self.translator.tokenizer, &self.translator.model);
+        let pieces = |ids: &[u32]| -> Vec<String> {
+            ids.iter().map(|&id| tokenizer.piece(id).to_string()).collect()
+        };
+        let counters = model.gpu().counters();
+        let mut json = serde_json::json!({
+            "source": line.text,
+            "translation": translation.text,
+            "source_tokens": pieces(&translation.source),
+            "tokens": pieces(&translation.target.tokens),
+            "ids": translation.target.tokens,
+            "score": translation.target.score,
+            "encoder_steps": 1,
+            "decoder_steps": decoder_steps,
+            "device": model.gpu().caps().name,
+            "device_bytes": counters.bytes,
+            "device_peak_bytes": counters.peak_bytes,
+        });
+        if self.options.explain {
+            let attention = self.translator.attention(translation, self.options.layer, self.options.head)?;
+            json["steps"] = explain::json(tokenizer, &attention);
+        }
+        Ok(json)
+    }
+}
