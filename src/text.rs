@@ -63,7 +63,8 @@ impl Tokenizer {
             None => {
                 let path = origin.join("tokenizer.json");
                 let bytes = read("tokenizer.json")?.ok_or_else(|| {
-                    let what = "the model's directory has neither this file nor source.spm and vocab.json";
+                    let what =
+                        "the model's directory has neither this file nor source.spm and vocab.json";
                     Error::file(&path, what)
                 })?;
                 let json =
@@ -81,10 +82,16 @@ impl Tokenizer {
         for (piece, &id) in &ids {
             let slot = pieces.get_mut(id as usize).ok_or_else(|| {
                 let n = ids.len();
-                Error::file(&path, format_args!("{piece:?} has the id {id}, of {n} in all"))
+                Error::file(
+                    &path,
+                    format_args!("{piece:?} has the id {id}, of {n} in all"),
+                )
             })?;
             if !slot.is_empty() {
-                return Err(Error::file(&path, format_args!("{slot:?} and {piece:?} have one id, {id}")));
+                return Err(Error::file(
+                    &path,
+                    format_args!("{slot:?} and {piece:?} have one id, {id}"),
+                ));
             }
             slot.clone_from(piece);
         }
@@ -109,7 +116,11 @@ impl Tokenizer {
 
     /// The target languages that have a tag among the tokens, `fra` for `>>fra<<`, in order.
     pub fn languages(&self) -> Vec<&str> {
-        let mut languages: Vec<&str> = self.pieces.iter().filter_map(|piece| language(piece)).collect();
+        let mut languages: Vec<&str> = self
+            .pieces
+            .iter()
+            .filter_map(|piece| language(piece))
+            .collect();
         languages.sort_unstable();
         languages
     }
@@ -124,7 +135,10 @@ impl Tokenizer {
             };
             other.into_iter()
         });
-        let tags = [wanted].into_iter().chain(forms).map(|code| format!(">>{code}<<"));
+        let tags = [wanted]
+            .into_iter()
+            .chain(forms)
+            .map(|code| format!(">>{code}<<"));
         for tag in tags {
             if let Some(&id) = self.ids.get(&tag) {
                 return Ok(id);
@@ -134,7 +148,11 @@ impl Tokenizer {
             [] => "none: the model has one target language".to_string(),
             languages => format!("one of {}", languages.join(", ")),
         };
-        Err(Error::refused("the language", format_args!("{wanted:?}"), bound))
+        Err(Error::refused(
+            "the language",
+            format_args!("{wanted:?}"),
+            bound,
+        ))
     }
 
     /// Token ids of a text: the language's tag if one is given, the pieces, the end token.
@@ -165,6 +183,8 @@ impl Tokenizer {
                 if *collapse_spaces {
                     let words = text.split(' ').filter(|word| !word.is_empty());
                     text = words.collect::<Vec<_>>().join(" ");
+                    // The sign for a space counts as one at the end of a text.
+                    text.truncate(text.trim_end_matches([' ', SPACE]).len());
                 }
                 if !text.is_empty() {
                     if *add_prefix {
@@ -202,6 +222,7 @@ impl Tokenizer {
         let mut streaming = self.streaming();
         let mut text: String = ids.iter().filter_map(|&id| streaming.push(id)).collect();
         text.push_str(&streaming.finish());
+        text.truncate(text.trim_end().len());
         text
     }
 
@@ -282,14 +303,20 @@ fn sentencepiece(path: &Path, bytes: &[u8]) -> Result<Segmenter> {
     let model = SentencePieceModel::from_slice(bytes)
         .map_err(|e| bad(&format_args!("not a sentencepiece model: {e}")))?;
     let (Some(trainer), Some(normalizer)) = (model.trainer(), model.normalizer()) else {
-        return Err(bad(&"a sentencepiece model without its trainer's or normalizer's settings"));
+        return Err(bad(
+            &"a sentencepiece model without its trainer's or normalizer's settings",
+        ));
     };
     if trainer.model_type() != ModelType::Unigram {
         let kind = trainer.model_type();
-        return Err(bad(&format_args!("a sentencepiece model of type {kind:?}; unigram models are read")));
+        return Err(bad(&format_args!(
+            "a sentencepiece model of type {kind:?}; unigram models are read"
+        )));
     }
     let pieces = model.pieces();
-    let unknown = pieces.iter().position(|piece| piece.r#type() == Type::Unknown);
+    let unknown = pieces
+        .iter()
+        .position(|piece| piece.r#type() == Type::Unknown);
     let vocab = pieces.iter().map(|piece| {
         // Control pieces must match no text: a character stands before them that is none.
         let text = match piece.r#type() {

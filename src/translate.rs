@@ -84,7 +84,11 @@ impl Translator {
         let most = self.model.spec().max_positions as usize;
         if ids.len() > most {
             let bound = format!("the model reads at most {most}: split the text");
-            return Err(Error::refused(what, format_args!("{} tokens long", ids.len()), bound));
+            return Err(Error::refused(
+                what,
+                format_args!("{} tokens long", ids.len()),
+                bound,
+            ));
         }
         Ok(ids)
     }
@@ -131,9 +135,11 @@ impl Translator {
     ) -> Result<Attention> {
         let stack = self.model.spec().decoder;
         let within = |what: &str, chosen: Option<usize>, n: u32| match chosen {
-            Some(ix) if ix >= n as usize => {
-                Err(Error::refused(what, ix, format!("0 to {}: the decoder has {n}", n - 1)))
-            }
+            Some(ix) if ix >= n as usize => Err(Error::refused(
+                what,
+                ix,
+                format!("0 to {}: the decoder has {n}", n - 1),
+            )),
             Some(ix) => Ok(ix..ix + 1),
             None => Ok(0..n as usize),
         };
@@ -142,15 +148,21 @@ impl Translator {
         let written = translation.target.tokens.clone();
         let mut read = vec![self.settings.start];
         read.extend(&written[..written.len() - 1]);
-        let memory = self.model.encode(&Padded::new(&[&translation.source], 0), false)?;
-        let forward = self.model.forward(&memory, &Padded::new(&[&read], 0), true)?;
+        let memory = self
+            .model
+            .encode(&Padded::new(&[&translation.source], 0), false)?;
+        let forward = self
+            .model
+            .forward(&memory, &Padded::new(&[&read], 0), true)?;
         let mean = |taps: &[crate::gpu::Tensor], columns: usize| -> Result<Vec<f32>> {
             let size = read.len() * columns;
             let mut sum = vec![0.0; size];
             for tap in &taps[layers.clone()] {
                 let weights = self.model.gpu().read_floats(tap)?;
                 for head in weights.chunks_exact(size).take(heads.end).skip(heads.start) {
-                    sum.iter_mut().zip(head).for_each(|(sum, weight)| *sum += weight);
+                    sum.iter_mut()
+                        .zip(head)
+                        .for_each(|(sum, weight)| *sum += weight);
                 }
             }
             let n = (layers.len() * heads.len()) as f32;

@@ -151,7 +151,8 @@ fn plan_three_pass(problem: &Problem, rows: u64, plan: &mut Plan) {
     ];
     plan.scratch = match problem.wants_weights {
         true => 0,
-        false => rows * k_len,
+        // Without keys there is still a buffer to bind.
+        false => (rows * k_len).max(1),
     };
 }
 

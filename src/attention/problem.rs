@@ -231,13 +231,24 @@ impl Problem {
                 format!("k's is {:?}", k.tensor.dtype),
             );
         }
-        for (name, input) in [("q", q), ("k", k), ("v", v)] {
-            if input.tensor.buffer() == out.tensor.buffer() {
-                return refuse(
-                    "out",
-                    &"the buffer of ".to_string(),
-                    format!("a buffer of its own, not {name}'s"),
-                );
+        let read = [
+            ("q", Some(q.tensor)),
+            ("k", Some(k.tensor)),
+            ("v", Some(v.tensor)),
+            ("kv_len", tensors.kv_len),
+            ("rows", tensors.rows),
+        ];
+        let written = [("out", Some(out.tensor)), ("weights", tensors.weights)];
+        for (ix, (name, tensor)) in written.iter().enumerate() {
+            let Some(tensor) = tensor else { continue };
+            for (other, input) in read.iter().chain(&written[..ix]) {
+                if input.is_some_and(|input| input.buffer() == tensor.buffer()) {
+                    return Err(Error::refused(
+                        *name,
+                        format_args!("in the buffer of {other}"),
+                        "a buffer of its own",
+                    ));
+                }
             }
         }
         let scale = options.scale.unwrap_or(1.0 / (d as f32).sqrt());

@@ -46,12 +46,33 @@ fn text(adapter: &AdapterReport) -> String {
     line("subgroup size", subgroups);
     line(
         "cooperative matrices",
-        if shapes.is_empty() { "none".into() } else { shapes.join(", ") },
+        if shapes.is_empty() {
+            "none".into()
+        } else {
+            shapes.join(", ")
+        },
     );
-    line("timestamps", if caps.timestamps { "yes" } else { "no" }.into());
-    line("workgroup", format!("{} threads, {} KiB", caps.invocations, caps.workgroup_memory / 1024));
+    line(
+        "timestamps",
+        if caps.timestamps { "yes" } else { "no" }.into(),
+    );
+    line(
+        "workgroup",
+        format!(
+            "{} threads, {} KiB",
+            caps.invocations,
+            caps.workgroup_memory / 1024
+        ),
+    );
     line("workgroups a dimension", caps.max_groups.to_string());
-    line("storage bindings", format!("{} of at most {} MiB", caps.storage_buffers, caps.max_binding >> 20));
+    line(
+        "storage bindings",
+        format!(
+            "{} of at most {} MiB",
+            caps.storage_buffers,
+            caps.max_binding >> 20
+        ),
+    );
     line("largest buffer", format!("{} MiB", caps.max_buffer >> 20));
     if let Some(why) = &adapter.chosen {
         line("chosen", why.clone());

@@ -45,11 +45,18 @@ fn words(tokenizer: &Tokenizer, ids: &[u32], first: Option<&str>) -> Vec<Word> {
             (0, Some(first)) => first.to_string(),
             _ => label(tokenizer, id),
         };
-        let own = piece.starts_with('▁') || tokenizer.is_special(id) || is_cjk(piece) || ix == 0;
-        let joins = !own && words.last().is_some_and(|word| {
-            let before = ids[word.columns.start];
-            !tokenizer.is_special(before) && !is_cjk(&word.text)
-        });
+        // Punctuation stands alone, but for what joins the parts of a word.
+        let joint = piece.chars().all(|c| matches!(c, '\'' | '-' | '’'));
+        let sign = !joint && !piece.chars().any(char::is_alphanumeric);
+        let own =
+            piece.starts_with('▁') || sign || tokenizer.is_special(id) || is_cjk(piece) || ix == 0;
+        let joins = !own
+            && words.last().is_some_and(|word| {
+                let before = ids[word.columns.start];
+                !tokenizer.is_special(before)
+                    && word.text.chars().any(char::is_alphanumeric)
+                    && !is_cjk(&word.text)
+            });
         match words.last_mut() {
             Some(word) if joins => {
                 word.text.push_str(&text);
@@ -88,12 +95,20 @@ struct Row<'w> {
     written: Vec<(&'w str, f32)>,
 }
 
-fn rows<'w>(tokenizer: &Tokenizer, attention: &Attention, source: &'w [Word], read: &'w [Word]) -> Vec<Row<'w>> {
+fn rows<'w>(
+    tokenizer: &Tokenizer,
+    attention: &Attention,
+    source: &'w [Word],
+    read: &'w [Word],
+) -> Vec<Row<'w>> {
     let (n, columns) = (attention.written.len(), attention.source.len());
     (0..n)
         .map(|step| Row {
             token: label(tokenizer, attention.written[step]),
-            source: heaviest(source, &attention.cross[step * columns..(step + 1) * columns]),
+            source: heaviest(
+                source,
+                &attention.cross[step * columns..(step + 1) * columns],
+            ),
             written: heaviest(read, &attention.own[step * n..step * n + step + 1]),
         })
         .collect()
@@ -101,27 +116,50 @@ fn rows<'w>(tokenizer: &Tokenizer, attention: &Attention, source: &'w [Word], re
 
 /// The steps as a table.
 pub fn text(tokenizer: &Tokenizer, attention: &Attention, decoder_steps: u32) -> String {
-    let (source, read) = (words(tokenizer, &attention.source, None), words(tokenizer, &attention.read, Some(START)));
+    let (source, read) = (
+        words(tokenizer, &attention.source, None),
+        words(tokenizer, &attention.read, Some(START)),
+    );
     let mut out = String::new();
     let (n, tokens) = (attention.source.len(), attention.written.len());
-    let _ = writeln!(out, "1 encoder step over {n} tokens, {decoder_steps} decoder steps, {tokens} tokens written");
+    let _ = writeln!(
+        out,
+        "1 encoder step over {n} tokens, {decoder_steps} decoder steps, {tokens} tokens written"
+    );
     let shown = |weights: &[(&str, f32)]| {
-        let parts: Vec<String> = weights.iter().take(3).map(|(word, weight)| format!("{word} {weight:.2}")).collect();
+        let parts: Vec<String> = weights
+            .iter()
+            .take(3)
+            .map(|(word, weight)| format!("{word} {weight:.2}"))
+            .collect();
         parts.join(", ")
     };
-    for (step, row) in rows(tokenizer, attention, &source, &read).iter().enumerate() {
+    for (step, row) in rows(tokenizer, attention, &source, &read)
+        .iter()
+        .enumerate()
+    {
         let (step, token) = (step + 1, &row.token);
-        let _ = writeln!(out, "{step:>4}  {token}\n      source   {}\n      written  {}", shown(&row.source), shown(&row.written));
+        let _ = writeln!(
+            out,
+            "{step:>4}  {token}\n      source   {}\n      written  {}",
+            shown(&row.source),
+            shown(&row.written)
+        );
     }
     out
 }
 
 /// The steps as JSON, with every word's weight.
 pub fn json(tokenizer: &Tokenizer, attention: &Attention) -> serde_json::Value {
-    let (source, read) = (words(tokenizer, &attention.source, None), words(tokenizer, &attention.read, Some(START)));
+    let (source, read) = (
+        words(tokenizer, &attention.source, None),
+        words(tokenizer, &attention.read, Some(START)),
+    );
     let list = |weights: &[(&str, f32)]| -> serde_json::Value {
         let pairs = weights.iter();
-        pairs.map(|(word, weight)| serde_json::json!({ "word": word, "weight": weight })).collect()
+        pairs
+            .map(|(word, weight)| serde_json::json!({ "word": word, "weight": weight }))
+            .collect()
     };
     rows(tokenizer, attention, &source, &read)
         .iter()
@@ -138,7 +176,8 @@ pub fn draw(
     font: Option<&Path>,
     out: &Path,
 ) -> Result<()> {
-    let labels = |ids: &[u32]| -> Vec<String> { ids.iter().map(|&id| label(tokenizer, id)).collect() };
+    let labels =
+        |ids: &[u32]| -> Vec<String> { ids.iter().map(|&id| label(tokenizer, id)).collect() };
     let mut read = labels(&attention.read);
     read[0] = START.into();
     let which = match (shown.layer, shown.head) {

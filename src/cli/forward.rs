@@ -32,7 +32,9 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
     let (sources, targets) = (input.sources()?, input.targets()?);
     let gpu = Gpu::choose(device)?;
     let (source, dtype) = (options.model.source()?, options.model.dtype());
-    let model = load(&gpu, |gpu, progress| Model::load(gpu, &source, dtype, progress))?;
+    let model = load(&gpu, |gpu, progress| {
+        Model::load(gpu, &source, dtype, progress)
+    })?;
     let memory = model.encode(&sources, options.attentions)?;
     let forward = model.forward(&memory, &targets, options.attentions)?;
 
@@ -57,12 +59,22 @@ fn save(gpu: &Gpu, tensors: &[(String, &Tensor)], path: &Path) -> Result<()> {
     let mut data = Vec::new();
     for (name, tensor) in tensors {
         let values = gpu.read_floats(tensor)?;
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        data.push((name, tensor.shape.iter().map(|&n| n as usize).collect::<Vec<_>>(), bytes));
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        data.push((
+            name,
+            tensor.shape.iter().map(|&n| n as usize).collect::<Vec<_>>(),
+            bytes,
+        ));
     }
     let views = data.iter().map(|(name, shape, bytes)| {
         let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
-        (name.as_str(), view.expect("as many bytes as the shape takes"))
+        (
+            name.as_str(),
+            view.expect("as many bytes as the shape takes"),
+        )
     });
     write_whole(path, |part| {
         safetensors::serialize_to_file(views, None, part).map_err(|e| Error::file(path, e))
@@ -91,20 +103,38 @@ impl Input {
             return Ok(None);
         };
         let &[_, columns] = view.shape() else {
-            return Err(bad(format!("{name} has the shape {:?}; it must be a matrix", view.shape())));
+            return Err(bad(format!(
+                "{name} has the shape {:?}; it must be a matrix",
+                view.shape()
+            )));
         };
         let data = view.data();
         let wide: Vec<i64> = match view.dtype() {
-            Dtype::I64 | Dtype::U64 => {
-                data.as_chunks::<8>().0.iter().map(|&b| i64::from_le_bytes(b)).collect()
-            }
-            Dtype::I32 => data.as_chunks::<4>().0.iter().map(|&b| i32::from_le_bytes(b) as i64).collect(),
-            Dtype::U32 => data.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b) as i64).collect(),
+            Dtype::I64 | Dtype::U64 => data
+                .as_chunks::<8>()
+                .0
+                .iter()
+                .map(|&b| i64::from_le_bytes(b))
+                .collect(),
+            Dtype::I32 => data
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|&b| i32::from_le_bytes(b) as i64)
+                .collect(),
+            Dtype::U32 => data
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|&b| u32::from_le_bytes(b) as i64)
+                .collect(),
             Dtype::U8 | Dtype::BOOL => data.iter().map(|&b| b as i64).collect(),
             other => return Err(bad(format!("{name} is {other:?}; integers are read"))),
         };
-        let narrow: std::result::Result<Vec<u32>, _> = wide.iter().map(|&id| u32::try_from(id)).collect();
-        let ids = narrow.map_err(|_| bad(format!("{name} holds an id that is negative or too large")))?;
+        let narrow: std::result::Result<Vec<u32>, _> =
+            wide.iter().map(|&id| u32::try_from(id)).collect();
+        let ids =
+            narrow.map_err(|_| bad(format!("{name} holds an id that is negative or too large")))?;
         Ok(Some((columns, ids)))
     }
 
@@ -120,9 +150,15 @@ impl Input {
             None => vec![len as u32; rows],
             Some((columns, mask)) => {
                 if columns != len || mask.len() != ids.len() {
-                    return Err(Error::file(&self.path, "attention_mask has not the shape of input_ids"));
+                    return Err(Error::file(
+                        &self.path,
+                        "attention_mask has not the shape of input_ids",
+                    ));
                 }
-                mask.chunks(len.max(1)).enumerate().map(|(ix, row)| self.length(ix, row)).collect::<Result<_>>()?
+                mask.chunks(len.max(1))
+                    .enumerate()
+                    .map(|(ix, row)| self.length(ix, row))
+                    .collect::<Result<_>>()?
             }
         };
         Ok(Padded {

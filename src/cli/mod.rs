@@ -118,10 +118,7 @@ fn progress(n: u64, template: &str) -> ProgressBar {
 }
 
 /// Loads with a progress bar.
-fn load<T>(
-    gpu: &Gpu,
-    load: impl FnOnce(&Gpu, &mut dyn FnMut(u64, u64)) -> Result<T>,
-) -> Result<T> {
+fn load<T>(gpu: &Gpu, load: impl FnOnce(&Gpu, &mut dyn FnMut(u64, u64)) -> Result<T>) -> Result<T> {
     let bar = progress(0, "loading {bar:30} {bytes} / {total_bytes}");
     let loaded = load(gpu, &mut |done, all| {
         bar.set_length(all);
@@ -142,12 +139,15 @@ fn say(text: std::fmt::Arguments) -> Result<()> {
 }
 
 /// Writes a file by way of another one, so that nothing half-written is ever there.
-fn write_whole(path: &std::path::Path, write: impl FnOnce(&std::path::Path) -> Result<()>) -> Result<()> {
+fn write_whole(
+    path: &std::path::Path,
+    write: impl FnOnce(&std::path::Path) -> Result<()>,
+) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.part", std::process::id()));
     let part = path.with_file_name(name);
-    let written = write(&part)
-        .and_then(|()| std::fs::rename(&part, path).map_err(|e| Error::file(path, e)));
+    let written =
+        write(&part).and_then(|()| std::fs::rename(&part, path).map_err(|e| Error::file(path, e)));
     if written.is_err() {
         let _ = std::fs::remove_file(&part);
     }

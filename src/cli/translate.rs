@@ -63,12 +63,18 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
     let lines = lines(options)?;
     if options.attention.is_some() && lines.len() != 1 {
         let n = lines.len();
-        return Err(Error::refused("--attention", format_args!("for {n} texts"), "one text"));
+        return Err(Error::refused(
+            "--attention",
+            format_args!("for {n} texts"),
+            "one text",
+        ));
     }
     let started = Instant::now();
     let gpu = Gpu::choose(device)?;
     let (source, dtype) = (options.model.source()?, options.model.dtype());
-    let translator = load(&gpu, |gpu, progress| Translator::load(gpu, &source, dtype, progress))?;
+    let translator = load(&gpu, |gpu, progress| {
+        Translator::load(gpu, &source, dtype, progress)
+    })?;
     let settings = settings(options, &translator)?;
     let language = language(options, &translator.tokenizer)?;
     // All of the input is read and checked before the first line goes out.
@@ -108,11 +114,22 @@ fn lines(options: &Options) -> Result<Vec<Line>> {
         .map_err(|e| Error::file("standard input", e))?;
     let text = String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
-        let line = e.as_bytes()[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
-        Error::file("standard input", format_args!("not UTF-8: byte {at}, in line {line}"))
+        let line = e.as_bytes()[..at]
+            .iter()
+            .filter(|&&byte| byte == b'\n')
+            .count()
+            + 1;
+        Error::file(
+            "standard input",
+            format_args!("not UTF-8: byte {at}, in line {line}"),
+        )
     })?;
     if text.trim().is_empty() {
-        return Err(Error::refused("standard input", "empty", "a text to translate"));
+        return Err(Error::refused(
+            "standard input",
+            "empty",
+            "a text to translate",
+        ));
     }
     let lines = text.lines().enumerate();
     Ok(lines
@@ -138,9 +155,11 @@ fn settings(options: &Options, translator: &Translator) -> Result<Settings> {
 fn language<'o>(options: &'o Options, tokenizer: &Tokenizer) -> Result<Option<&'o str>> {
     let languages = tokenizer.languages();
     match &options.to {
-        None if languages.len() > 1 => {
-            Err(Error::refused("--to", "absent", format!("one of {}", languages.join(", "))))
-        }
+        None if languages.len() > 1 => Err(Error::refused(
+            "--to",
+            "absent",
+            format!("one of {}", languages.join(", ")),
+        )),
         wanted => Ok(wanted.as_deref()),
     }
 }
@@ -154,8 +173,12 @@ struct Session<'a> {
 impl Session<'_> {
     /// Translates in batches and says the translations in order.
     fn translate(&self, lines: &[Line], ids: &[Vec<u32>]) -> Result<()> {
-        let bar = (lines.len() > self.options.batch as usize)
-            .then(|| progress(lines.len() as u64, "translating {bar:30} {pos} / {len} lines {eta}"));
+        let bar = (lines.len() > self.options.batch as usize).then(|| {
+            progress(
+                lines.len() as u64,
+                "translating {bar:30} {pos} / {len} lines {eta}",
+            )
+        });
         let batch = self.options.batch as usize;
         for (lines, ids) in lines.chunks(batch).zip(ids.chunks(batch)) {
             self.batch(lines, ids)?;
@@ -173,21 +196,27 @@ impl Session<'_> {
     fn batch(&self, lines: &[Line], ids: &[Vec<u32>]) -> Result<()> {
         let sources: Vec<Vec<u32>> = ids.iter().filter(|ids| !ids.is_empty()).cloned().collect();
         // One greedy text on a terminal is shown as it comes.
-        let plain = !self.options.json && !self.options.explain;
-        let stream = plain && sources.len() == 1 && self.settings.beams == 1 && std::io::stdout().is_terminal();
+        let shown = self.options.explain || self.options.attention.is_some();
+        let plain = !self.options.json && !shown;
+        let stream = plain
+            && sources.len() == 1
+            && self.settings.beams == 1
+            && std::io::stdout().is_terminal();
         let mut streaming = self.translator.tokenizer.streaming();
         let mut heard: Result<()> = Ok(());
         let mut translations = Vec::new().into_iter();
         let mut decoder_steps = 0;
         if !sources.is_empty() {
-            let done = self.translator.translate(&sources, &self.settings, &mut |step| {
-                let token = step.tokens.first().copied().flatten();
-                if let (true, Some(token), true) = (stream, token, heard.is_ok())
-                    && let Some(text) = streaming.push(token)
-                {
-                    heard = say(format_args!("{text}"));
-                }
-            })?;
+            let done = self
+                .translator
+                .translate(&sources, &self.settings, &mut |step| {
+                    let token = step.tokens.first().copied().flatten();
+                    if let (true, Some(token), true) = (stream, token, heard.is_ok())
+                        && let Some(text) = streaming.push(token)
+                    {
+                        heard = say(format_args!("{text}"));
+                    }
+                })?;
             heard?;
             decoder_steps = done.decoder_steps;
             translations = done.translations.into_iter();
@@ -208,38 +237,51 @@ impl Session<'_> {
     }
 
     fn show(&self, line: &Line, translation: &Translation, decoder_steps: u32) -> Result<()> {
-        if self.options.json {
-            let json = self.json(line, Some(translation), decoder_steps)?;
-            say(format_args!("{json}\n"))?;
-        } else {
-            say(format_args!("{}\n", translation.text))?;
-        }
+        let tokenizer = &self.translator.tokenizer;
         let (layer, head) = (self.options.layer, self.options.head);
-        if self.options.explain && !self.options.json {
-            let attention = self.translator.attention(translation, layer, head)?;
-            let tokenizer = &self.translator.tokenizer;
-            say(format_args!("{}", explain::text(tokenizer, &attention, decoder_steps)))?;
-        }
-        if let Some(path) = &self.options.attention {
-            let attention = self.translator.attention(translation, layer, head)?;
-            let tokenizer = &self.translator.tokenizer;
+        let wanted = self.options.attention.is_some() || self.options.explain;
+        let attention = match wanted {
+            true => Some(self.translator.attention(translation, layer, head)?),
+            false => None,
+        };
+        if let (Some(path), Some(attention)) = (&self.options.attention, &attention) {
             let shown = explain::Shown { layer, head };
             let caption = format!("{} → {}", line.text.trim(), translation.text);
-            explain::draw(tokenizer, &attention, shown, &caption, self.options.font.as_deref(), path)?;
+            let font = self.options.font.as_deref();
+            explain::draw(tokenizer, attention, shown, &caption, font, path)?;
         }
-        Ok(())
+        let explained = attention.as_ref().filter(|_| self.options.explain);
+        if self.options.json {
+            let mut json = self.json(line, translation, decoder_steps);
+            if let Some(attention) = explained {
+                json["steps"] = explain::json(tokenizer, attention);
+            }
+            return say(format_args!("{json}\n"));
+        }
+        say(format_args!("{}\n", translation.text))?;
+        match explained {
+            Some(attention) => say(format_args!(
+                "{}",
+                explain::text(tokenizer, attention, decoder_steps)
+            )),
+            None => Ok(()),
+        }
     }
 
-    fn json(&self, line: &Line, translation: Option<&Translation>, decoder_steps: u32) -> Result<serde_json::Value> {
-        let Some(translation) = translation else {
-            return Ok(serde_json::json!({ "source": line.text, "translation": "" }));
-        };
-        let (tokenizer, model) = (&self.translator.tokenizer, &self.translator.model);
+    fn json(
+        &self,
+        line: &Line,
+        translation: &Translation,
+        decoder_steps: u32,
+    ) -> serde_json::Value {
+        let (tokenizer, gpu) = (&self.translator.tokenizer, self.translator.model.gpu());
         let pieces = |ids: &[u32]| -> Vec<String> {
-            ids.iter().map(|&id| tokenizer.piece(id).to_string()).collect()
+            ids.iter()
+                .map(|&id| tokenizer.piece(id).to_string())
+                .collect()
         };
-        let counters = model.gpu().counters();
-        let mut json = serde_json::json!({
+        let counters = gpu.counters();
+        serde_json::json!({
             "source": line.text,
             "translation": translation.text,
             "source_tokens": pieces(&translation.source),
@@ -248,14 +290,9 @@ impl Session<'_> {
             "score": translation.target.score,
             "encoder_steps": 1,
             "decoder_steps": decoder_steps,
-            "device": model.gpu().caps().name,
+            "device": gpu.caps().name,
             "device_bytes": counters.bytes,
             "device_peak_bytes": counters.peak_bytes,
-        });
-        if self.options.explain {
-            let attention = self.translator.attention(translation, self.options.layer, self.options.head)?;
-            json["steps"] = explain::json(tokenizer, &attention);
-        }
-        Ok(json)
+        })
     }
 }

@@ -388,19 +388,19 @@ impl Gpu {
         read: impl FnOnce(&[u8]) -> T,
     ) -> Result<T> {
         let index = self.submit(recording)?;
-        let answer = Arc::new(Mutex::new(None));
-        let told = answer.clone();
+        let (tell, told) = std::sync::mpsc::channel();
         staging
             .buffer()
             .slice(..)
             .map_async(wgpu::MapMode::Read, move |result| {
-                *lock(&told) = Some(result);
+                let _ = tell.send(result);
             });
         self.wait(index)?;
-        match lock(&answer).take() {
-            Some(Ok(())) => {}
-            Some(Err(e)) => return Err(Error::DeviceLost(e.to_string())),
-            None => return Err(Error::DeviceLost("a buffer was not mapped".into())),
+        // Another thread's wait may have taken the callback on itself and not have called it yet.
+        match told.recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => return Err(Error::DeviceLost(e.to_string())),
+            Err(_) => return Err(Error::DeviceLost("a buffer was not mapped".into())),
         }
         let view = staging
             .buffer()

@@ -442,6 +442,14 @@ impl Prepared {
         })
     }
 
+    /// The same problem for another set of powers of the same device.
+    pub fn on(self, gpu: &Gpu) -> Self {
+        Prepared {
+            gpu: gpu.clone(),
+            ..self
+        }
+    }
+
     /// Spoils one value of the oracle's answer, for tests of the harness.
     pub fn spoil(&mut self) {
         *self.want.out.last_mut().expect("an output") += 0.01;
