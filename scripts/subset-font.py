@@ -29,6 +29,8 @@ ALWAYS = [
     (0x3041, 0x30FF),  # kana
     (0xFF01, 0xFF60),  # full-width forms
 ]
+QUOTES = (0x2018, 0x2019, 0x201C, 0x201D)
+
 COPYRIGHT, FAMILY, STYLE, UNIQUE, FULL, VERSION, POSTSCRIPT, LICENCE, LICENCE_URL = (
     0, 1, 2, 3, 4, 5, 6, 13, 14,
 )  # fmt: skip
@@ -57,6 +59,21 @@ def load(path, family):
     raise SystemExit(f"{path}: no family {family!r}; it has {names}")
 
 
+def narrow_quotes(font):
+    """Quotes as wide as Latin ones: Chinese fonts have them as wide as Chinese characters."""
+    narrow = {}
+    table = font["GSUB"].table if "GSUB" in font else None
+    for record in table.FeatureList.FeatureRecord if table else []:
+        if record.FeatureTag == "pwid":
+            for ix in record.Feature.LookupListIndex:
+                for part in table.LookupList.Lookup[ix].SubTable:
+                    narrow.update(getattr(part, "ExtSubTable", part).mapping)
+    for cmap in font["cmap"].tables:
+        for code in QUOTES:
+            if code in getattr(cmap, "cmap", {}) and cmap.format != 14:
+                cmap.cmap[code] = narrow.get(cmap.cmap[code], cmap.cmap[code])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("font", type=Path)
@@ -81,6 +98,7 @@ def main():
     options.name_languages = [0x409]
     options.recalc_timestamp = False
     font = load(args.font, args.family)
+    narrow_quotes(font)
     subsetter = subset.Subsetter(options)
     subsetter.populate(unicodes=wanted)
     subsetter.subset(font)

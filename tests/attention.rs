@@ -281,7 +281,7 @@ fn every_split_of_the_keys_equals_the_oracle_and_repeats_its_bits() {
     }
     println!("{runs} runs");
     assert_eq!(runs, 2 * 4 * 2 * 6 * 2);
-    assert_eq!(parts, HashSet::from([1, 2, 3, 4, 6, 7]));
+    assert_eq!(parts, HashSet::from([1, 2, 3, 6, 7]));
 }
 
 /// A few cases that reach every kernel.

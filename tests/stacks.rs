@@ -135,13 +135,13 @@ impl Maker {
         values
     }
 
-    /// A dense layer that somewhat enlarges what goes through, so that the layers outweigh the embeddings.
+    /// A dense layer that keeps the magnitude of what goes through.
     fn linear(&mut self, name: &str, n_in: usize, n_out: usize) -> reference::Linear {
-        let spread = 1.6 * (3.0 / n_in as f64).sqrt();
+        let spread = (3.0 / n_in as f64).sqrt();
         reference::Linear {
             n_in,
             weight: self.values(&format!("{name}.weight"), &[n_out, n_in], 0.0, spread),
-            bias: Some(self.values(&format!("{name}.bias"), &[n_out], 0.0, 0.2)),
+            bias: Some(self.values(&format!("{name}.bias"), &[n_out], 0.0, 0.1)),
         }
     }
 
@@ -149,7 +149,7 @@ impl Maker {
         let d = spec.width as usize;
         reference::Norm::Layer {
             weight: self.values(&format!("{name}.weight"), &[d], 1.0, 0.3),
-            bias: self.values(&format!("{name}.bias"), &[d], 0.0, 0.2),
+            bias: self.values(&format!("{name}.bias"), &[d], 0.0, 0.1),
             eps: f64::from(spec.norm_eps),
         }
     }
@@ -187,7 +187,7 @@ impl Maker {
             Positions::Learned { first } => {
                 let first = first as usize;
                 let name = "model.encoder.embed_positions.weight";
-                let table = self.values(name, &[n + first, d], 0.0, 0.5);
+                let table = self.values(name, &[n + first, d], 0.0, 1.0);
                 // The oracle has one table for both sides.
                 let other = "model.decoder.embed_positions.weight";
                 self.file.insert(other.into(), self.file[name].clone());

@@ -227,7 +227,10 @@ impl Session<'_> {
                 false => translations.next(),
             };
             match translation {
-                None if self.options.json => say(format_args!("{}\n", self.json(line, None, 0)?))?,
+                None if self.options.json => {
+                    let blank = serde_json::json!({ "source": line.text, "translation": "" });
+                    say(format_args!("{blank}\n"))?
+                }
                 None => say(format_args!("\n"))?,
                 Some(_) if stream => say(format_args!("\n"))?,
                 Some(translation) => self.show(line, &translation, decoder_steps)?,
