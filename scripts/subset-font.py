@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Cuts the font of the pictures down to the characters they need.
 
-    pip install fonttools
+    pip install fonttools cffsubr
     python3 scripts/subset-font.py FONT OUT TEXT...
 
 FONT is a .ttf, .otf or .ttc file. Each TEXT is a UTF-8 text file, or a vocab.json: the Chinese
@@ -12,6 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
+import cffsubr
 from fontTools import subset
 from fontTools.ttLib import TTCollection, TTFont
 
@@ -27,13 +28,15 @@ ALWAYS = [
     (0x2581, 0x2581),  # the sign of a word's start
     (0x3000, 0x301F),  # CJK punctuation
     (0x3041, 0x30FF),  # kana
+    (0xFE50, 0xFE57),  # small forms
     (0xFF01, 0xFF60),  # full-width forms
 ]
 QUOTES = (0x2018, 0x2019, 0x201C, 0x201D)
 
-COPYRIGHT, FAMILY, STYLE, UNIQUE, FULL, VERSION, POSTSCRIPT, LICENCE, LICENCE_URL = (
-    0, 1, 2, 3, 4, 5, 6, 13, 14,
-)  # fmt: skip
+# Entries of the name table.
+FAMILY, UNIQUE, FULL, POSTSCRIPT = 1, 3, 4, 6
+# Those, the copyright, the style, the version and the licence.
+NAMES = [0, FAMILY, 2, UNIQUE, FULL, 5, POSTSCRIPT, 13, 14]
 
 
 def is_han(char):
@@ -89,12 +92,11 @@ def main():
 
     options = subset.Options()
     options.hinting = False
-    options.desubroutinize = False
     options.layout_features = []
     options.drop_tables += ["GSUB", "GPOS", "GDEF", "BASE", "VORG", "vhea", "vmtx", "DSIG"]
     options.notdef_outline = True
     options.glyph_names = False
-    options.name_IDs = [COPYRIGHT, FAMILY, STYLE, UNIQUE, FULL, VERSION, POSTSCRIPT, LICENCE, LICENCE_URL]
+    options.name_IDs = NAMES
     options.name_languages = [0x409]
     options.recalc_timestamp = False
     font = load(args.font, args.family)
@@ -113,6 +115,7 @@ def main():
         cff.fontNames = [args.name.replace(" ", "") + "-Regular"]
         top = cff.topDictIndex[0]
         top.FullName = top.FamilyName = args.name
+        cffsubr.subroutinize(font)
     font.save(args.out)
 
     missing = sorted(wanted - set(font.getBestCmap()))

@@ -229,3 +229,41 @@ fn greedy_and_beam_search_write_the_tokens_of_transformers() {
         }
     }
 }
+
+/// In f16 weights and activations are rounded; logits may be off by this part of the largest.
+const F16_ERROR: f64 = 0.01;
+
+#[test]
+fn in_f16_the_best_token_is_the_same_wherever_it_is_clearly_the_best() {
+    let gpu = Gpu::new().unwrap();
+    if !gpu.caps().f16 {
+        println!("this device has no f16: nothing was run");
+        return;
+    }
+    for name in MODELS {
+        let golden = Golden::new(name);
+        let model = golden.model(&gpu, DType::F16);
+        let memory = model.encode(&golden.sources(), false).unwrap();
+        let forward = model.forward(&memory, &golden.targets(), false).unwrap();
+        let got = gpu.read_floats(&forward.logits).unwrap();
+        let (shape, want) = golden.floats("logits");
+        let largest = want.iter().fold(0f64, |a, b| a.max(b.abs()));
+        let (error, bound) = (worst(&got, &want), F16_ERROR * largest);
+        let (mut clear, mut rows) = (0, 0);
+        for (got, want) in got.chunks(shape[2]).zip(want.chunks(shape[2])) {
+            let mut order: Vec<usize> = (0..want.len()).collect();
+            order.sort_by(|&a, &b| want[b].total_cmp(&want[a]));
+            rows += 1;
+            if want[order[0]] - want[order[1]] > bound {
+                let best = (0..got.len()).max_by(|&a, &b| got[a].total_cmp(&got[b]));
+                assert_eq!(best, Some(order[0]), "{name} row {rows}");
+                clear += 1;
+            }
+        }
+        println!(
+            "{name}: worst {error:.1e} of {largest:.1}, {clear} of {rows} positions are clear"
+        );
+        assert!(error <= bound, "{name}: {error} of {bound}");
+        assert!(clear * 10 >= rows * 9, "{name}: {clear} of {rows}");
+    }
+}

@@ -49,9 +49,8 @@ pub fn draw(maps: &[Map], caption: &str, font: Option<&Path>, out: &Path) -> Res
     }
     let picture = paint(maps, caption, &Pen::new(font)?);
     super::write_whole(out, |part| {
-        picture
-            .save_with_format(part, ImageFormat::Png)
-            .map_err(|e| Error::file(out, e))
+        let written = picture.save_with_format(part, ImageFormat::Png);
+        written.map_err(|e| Error::file(out, e))
     })
 }
 

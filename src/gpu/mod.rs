@@ -72,9 +72,7 @@ impl Gpu {
         gpu.0
             .device
             .set_device_lost_callback(move |reason, message| {
-                if !matches!(reason, wgpu::DeviceLostReason::Destroyed) {
-                    lock(&trouble).lost = Some(message);
-                }
+                lock(&trouble).lost = Some(format!("{reason:?}: {message}"));
             });
         let trouble = gpu.0.trouble.clone();
         gpu.0
@@ -217,6 +215,10 @@ impl Gpu {
         let validation = pollster::block_on(validation.pop());
         let internal = pollster::block_on(internal.pop());
         let memory = pollster::block_on(memory.pop());
+        if validation.is_some() || internal.is_some() {
+            // A lost device is told by callbacks, which are heard while polling.
+            let _ = device.poll(wgpu::PollType::Poll);
+        }
         self.alive()?;
         if let Some(error) = memory {
             return Err(Error::OutOfMemory(format!("{what}: {error}")));
@@ -375,6 +377,8 @@ impl Gpu {
             submission_index: Some(index),
             timeout: None,
         });
+        // Work handed to a lost device counts as done; that it is lost is heard at the next look.
+        let _ = self.0.device.poll(wgpu::PollType::Poll);
         self.alive()?;
         waited.map_err(|e| Error::DeviceLost(e.to_string()))?;
         Ok(())

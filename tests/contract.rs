@@ -1,0 +1,123 @@
+//! What an embedder may rely on: their device and encoder, nothing submitted or allocated behind their
+//! back, errors instead of panics.
+
+use qkv::attention::{self, Options, Tensors, View};
+use qkv::gpu::{DType, Gpu, Recorder, Tensor};
+use qkv::{Error, wgpu};
+
+fn problem(gpu: &Gpu) -> [Tensor; 4] {
+    let shape = [1, 2, 5, 8];
+    let values: Vec<f32> = (0..80).map(|ix| (ix as f32 * 0.37).sin()).collect();
+    let upload = |name| {
+        gpu.upload_floats(name, DType::F32, &shape, &values)
+            .unwrap()
+    };
+    let out = gpu.empty("out", DType::F32, &shape).unwrap();
+    [upload("q"), upload("k"), upload("v"), out]
+}
+
+fn record(recorder: &mut Recorder, [q, k, v, out]: &[Tensor; 4]) {
+    let tensors = Tensors {
+        q: View::bhld(q).unwrap(),
+        k: View::bhld(k).unwrap(),
+        v: View::bhld(v).unwrap(),
+        out: View::bhld(out).unwrap(),
+        kv_len: None,
+        rows: None,
+        weights: None,
+    };
+    attention::record(recorder, &tensors, &Options::default()).unwrap();
+}
+
+#[test]
+fn a_recording_goes_into_a_callers_encoder_and_is_neither_submitted_nor_made_anew() {
+    let own = Gpu::new().unwrap();
+    let gpu = Gpu::from_wgpu(own.device(), own.queue());
+    let tensors = problem(&gpu);
+    let mut recorder = Recorder::new(&gpu);
+    record(&mut recorder, &tensors);
+    let recording = recorder.finish().unwrap();
+    assert_eq!(recording.dispatches(), 1);
+
+    let before = gpu.counters();
+    assert_eq!((before.submits, before.pipelines), (0, 1));
+    for _ in 0..3 {
+        let mut encoder = own.device().create_command_encoder(&Default::default());
+        encoder.clear_buffer(tensors[3].buffer(), 0, None);
+        recording.encode(&mut encoder);
+        own.queue().submit([encoder.finish()]);
+    }
+    assert_eq!(gpu.counters(), before);
+    let out = gpu.read_floats(&tensors[3]).unwrap();
+    assert!(out.iter().all(|value| value.is_finite()) && out.iter().any(|&value| value != 0.0));
+}
+
+#[test]
+fn a_variant_is_compiled_once() {
+    let gpu = Gpu::new().unwrap();
+    let tensors = problem(&gpu);
+    for _ in 0..3 {
+        let mut recorder = Recorder::new(&gpu);
+        record(&mut recorder, &tensors);
+        gpu.run(&recorder.finish().unwrap()).unwrap();
+    }
+    assert_eq!(gpu.counters().pipelines, 1);
+}
+
+#[test]
+fn a_lost_device_is_an_error_and_no_panic() {
+    let gpu = Gpu::new().unwrap();
+    let tensors = problem(&gpu);
+    let mut recorder = Recorder::new(&gpu);
+    record(&mut recorder, &tensors);
+    let recording = recorder.finish().unwrap();
+    gpu.device().destroy();
+    let lost =
+        |error: Option<Error>| assert!(matches!(error, Some(Error::DeviceLost(_))), "{error:?}");
+    lost(gpu.run(&recording).err());
+    lost(gpu.empty("more", DType::F32, &[4]).err());
+    lost(gpu.read(&tensors[3]).err());
+}
+
+#[test]
+fn more_memory_than_there_is_is_an_error_that_names_the_bytes() {
+    let gpu = Gpu::new().unwrap();
+    let bytes = gpu.caps().max_buffer + 16;
+    let rows = u32::try_from(bytes.div_ceil(4096)).unwrap();
+    let error = gpu
+        .empty("too much", DType::F32, &[rows, 1024])
+        .unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory(_)), "{error:?}");
+    assert!(error.to_string().contains("too much"), "{error}");
+    // The device still works.
+    let tensors = problem(&gpu);
+    let mut recorder = Recorder::new(&gpu);
+    record(&mut recorder, &tensors);
+    gpu.run(&recorder.finish().unwrap()).unwrap();
+}
+
+#[test]
+fn bytes_are_counted_up_and_down() {
+    let gpu = Gpu::new().unwrap();
+    let tensor = gpu.empty("a", DType::F32, &[1000]).unwrap();
+    assert_eq!(gpu.counters().bytes, 4000);
+    drop(tensor);
+    let after = gpu.counters();
+    assert_eq!((after.bytes, after.peak_bytes), (0, 4000));
+}
+
+#[test]
+fn a_buffer_that_is_too_small_for_its_shape_is_refused() {
+    let gpu = Gpu::new().unwrap();
+    let buffer = gpu.device().create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size: 64,
+        usage: wgpu::BufferUsages::STORAGE,
+        mapped_at_creation: false,
+    });
+    let error = Tensor::from_wgpu(buffer, DType::F32, &[5, 4]).unwrap_err();
+    assert!(
+        matches!(error, Error::Refused { .. }) && error.to_string().contains("80 bytes"),
+        "{error}"
+    );
+}
