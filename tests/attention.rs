@@ -710,7 +710,7 @@ fn forced_splits_are_whole_steps_and_cover_the_keys() {
 }
 
 #[test]
-fn every_plan_fits_the_least_device() {
+fn every_route_is_planned_for_the_least_device() {
     let least = caps().browser();
     for [d, dv] in [
         [1, 1],

@@ -290,7 +290,8 @@ fn a_damaged_model_is_refused_by_file_and_reason() {
     };
     remove("config.json").refused(&["config.json", "lacks this file"]);
     remove("model.safetensors").refused(&["model.safetensors", "lacks this file"]);
-    let damages: [(fn(&mut Vec<u8>), &str); 5] = [
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [(Damage, &str); 5] = [
         (|bytes| bytes.truncate(bytes.len() - 5), "whole"),
         (|bytes| bytes.truncate(3), "whole"),
         (|bytes| bytes[0] = 0xff, "whole"),

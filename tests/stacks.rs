@@ -634,7 +634,7 @@ fn a_step_makes_nothing_and_submits_once() {
         generator.next().expect("a step").unwrap();
         let mut last = gpu.counters();
         let mut steps = 1;
-        while let Some(step) = generator.next() {
+        for step in generator.by_ref() {
             step.unwrap();
             let now = gpu.counters();
             assert_eq!(now.submits, last.submits + 1, "one submission a step");

@@ -32,6 +32,22 @@ impl Layout {
         self.offset as u64 + (b - 1) * sb + (h - 1) * sh + (l - 1) * sl + d
     }
 
+    /// Whether no two of its elements are one: each stride steps over all that the lesser ones reach.
+    fn disjoint(&self) -> bool {
+        let [b, h, l, d] = self.extents.map(u64::from);
+        let [sb, sh, sl] = self.strides.map(u64::from);
+        let mut axes = [(1, d), (sl, l), (sh, h), (sb, b)];
+        axes.sort_unstable();
+        let mut reach = 1;
+        for (stride, n) in axes.into_iter().filter(|&(_, n)| n > 1) {
+            if stride < reach {
+                return false;
+            }
+            reach += stride * (n - 1);
+        }
+        true
+    }
+
     fn aligned(&self) -> bool {
         let [sb, sh, sl] = self.strides;
         [self.offset, sb, sh, sl, self.extents[3]]
@@ -250,6 +266,13 @@ impl Problem {
                     ));
                 }
             }
+        }
+        if !out.layout.disjoint() {
+            return refuse(
+                "out",
+                &out.layout.strides,
+                "strides over batch, head and row that step over what lies within".into(),
+            );
         }
         let scale = options.scale.unwrap_or(1.0 / (d as f32).sqrt());
         if !scale.is_finite() {

@@ -121,7 +121,9 @@ fn progress(n: u64, template: &str) -> ProgressBar {
 fn load<T>(gpu: &Gpu, load: impl FnOnce(&Gpu, &mut dyn FnMut(u64, u64)) -> Result<T>) -> Result<T> {
     let bar = progress(0, "loading {bar:30} {bytes} / {total_bytes}");
     let loaded = load(gpu, &mut |done, all| {
-        bar.set_length(all);
+        if bar.length() != Some(all) {
+            bar.set_length(all);
+        }
         bar.set_position(done);
     });
     bar.finish_and_clear();

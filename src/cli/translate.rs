@@ -60,9 +60,13 @@ struct Line {
 }
 
 pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
-    let lines = lines(options)?;
-    if options.attention.is_some() && lines.len() != 1 {
-        let n = lines.len();
+    let typed = options.text.is_empty() && std::io::stdin().is_terminal();
+    let lines = match typed {
+        true => None,
+        false => Some(lines(options)?),
+    };
+    let n = lines.as_ref().map_or(0, Vec::len);
+    if options.attention.is_some() && n != 1 {
         return Err(Error::refused(
             "--attention",
             format_args!("for {n} texts"),
@@ -77,21 +81,17 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
     })?;
     let settings = settings(options, &translator)?;
     let language = language(options, &translator.tokenizer)?;
-    // All of the input is read and checked before the first line goes out.
-    let mut ids = Vec::with_capacity(lines.len());
-    for line in &lines {
-        ids.push(match line.blank {
-            true => Vec::new(),
-            false => translator.encode(&line.name, &line.text, language)?,
-        });
-    }
-    tracing::info!(ms = started.elapsed().as_secs_f64() * 1e3, "ready");
-    Session {
+    let session = Session {
         options,
         translator: &translator,
         settings,
+        language,
+    };
+    tracing::info!(ms = started.elapsed().as_secs_f64() * 1e3, "ready");
+    match lines {
+        Some(lines) => session.translate(&lines)?,
+        None => session.converse()?,
     }
-    .translate(&lines, &ids)?;
     gpu.save_pipelines();
     Ok(())
 }
@@ -168,22 +168,44 @@ struct Session<'a> {
     options: &'a Options,
     translator: &'a Translator,
     settings: Settings,
+    language: Option<&'a str>,
 }
 
 impl Session<'_> {
-    /// Translates in batches and says the translations in order.
-    fn translate(&self, lines: &[Line], ids: &[Vec<u32>]) -> Result<()> {
-        let bar = (lines.len() > self.options.batch as usize).then(|| {
-            progress(
-                lines.len() as u64,
-                "translating {bar:30} {pos} / {len} lines {eta}",
-            )
-        });
+    /// Translates each line as it is typed, until the end of input.
+    fn converse(&self) -> Result<()> {
+        for (ix, text) in std::io::stdin().lines().enumerate() {
+            let text = text.map_err(|e| Error::file("standard input", e))?;
+            let line = Line {
+                name: format!("line {}", ix + 1),
+                blank: text.trim().is_empty(),
+                text,
+            };
+            self.translate(&[line])?;
+        }
+        Ok(())
+    }
+
+    /// Translates in batches and says the translations in order. All of the input is checked before the
+    /// first line goes out.
+    fn translate(&self, lines: &[Line]) -> Result<()> {
+        let mut ids = Vec::with_capacity(lines.len());
+        for line in lines {
+            ids.push(match line.blank {
+                true => Vec::new(),
+                false => self
+                    .translator
+                    .encode(&line.name, &line.text, self.language)?,
+            });
+        }
+        // On a terminal the translations themselves show how far it is.
+        let long = lines.len() > self.options.batch as usize && !std::io::stdout().is_terminal();
+        let template = "translating {bar:30} {pos} / {len} lines {eta}";
+        let bar = long.then(|| progress(lines.len() as u64, template));
         let batch = self.options.batch as usize;
         for (lines, ids) in lines.chunks(batch).zip(ids.chunks(batch)) {
             self.batch(lines, ids)?;
             if let Some(bar) = &bar {
-                bar.suspend(|| ());
                 bar.inc(lines.len() as u64);
             }
         }
