@@ -1,16 +1,18 @@
 // prefill: O = softmax(scale * Q K^T) V for many query rows, with no [Q, K] matrix.
 //
-//   one workgroup of 64 threads: 32 query rows of one head, one block of at most 128 value columns
-//   m, l, O = NEVER, 0, 0                              a thread: 4 rows; O has 4 rows x 4 columns a chunk
+//   one workgroup: 32 query rows of one head, one block of at most 128 value columns, 8 threads a row
+//   m, l, O = NEVER, 0, 0                    a thread: ROWS rows; O has ROWS rows x 4 columns a chunk
 //   for each tile of 32 keys up to the last that a row of the block sees:
-//     for each 32 columns of D: stage Q and K; S += Q K^T            a thread: 4 rows x 4 keys
+//     for each 32 columns of D: stage Q and K; S += Q K^T            a thread: ROWS rows x 4 keys
 //     mask; m' = max(m, rowmax S); P = exp2(S - m'); l = l * a + P; O = O * a, a = exp2(m - m')
 //     for each 32 columns of V: stage V; O += P V
 //   O / l; a row that sees no key is zeros
 //
-// Tricks: operands lie in workgroup memory as vec4 along D, so that 8 loads feed 64 multiply-adds; the
+// Tricks: operands lie in workgroup memory as vec4 along D, so that few loads feed many multiply-adds; the
 // stride of 9 vec4 keeps rows on different banks; l stays a partial sum in each thread to the end.
-// Value dims past 128 take more workgroups, each of which makes S anew: registers stay bounded.
+// Value dims past 128 take more workgroups, each of which makes S anew: registers stay bounded. Four rows
+// a thread feed 64 multiply-adds with 8 loads, two rows 32 with 6; but four rows of more than 32 value
+// columns spill on Intel DG2 (SIMD8, 118 spills at 128 columns), so only the narrowest heads have four.
 {% if F16 %}
 enable f16;
 {% endif %}
@@ -26,6 +28,8 @@ enable f16;
 {{ row_loader("v", "value_dim", VEC) }}
 {{ row_writer("o", O_TYPE, "value_dim", VEC) }}
 
+const ROWS = {{ ROWS }}u;       // rows of a thread
+const THREADS = {{ 8 * (32 // ROWS) }}u;
 const BLOCK_Q = 32u;
 const BLOCK_K = 32u;
 const STRIDE = 9u;   // vec4s between rows of a staged tile: 8 and one of padding
@@ -35,7 +39,7 @@ var<workgroup> wg_q: array<vec4<f32>, 288>;   // 32 rows; then P
 var<workgroup> wg_k: array<vec4<f32>, 288>;   // 32 keys; then V
 var<workgroup> wg_max: array<f32, 256>;       // 32 rows x 8 threads
 
-@compute @workgroup_size(64)
+@compute @workgroup_size({{ 8 * (32 // ROWS) }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -55,11 +59,11 @@ fn main(
     let block_end = key_end(min(q_from + BLOCK_Q, P.q_len) - 1u, length);
 
     let tx = thread % 8u;   // keys tx, tx + 8, ..; columns 4 tx .. 4 tx + 3 of a chunk of V
-    let ty = thread / 8u;   // rows 4 ty .. 4 ty + 3
+    let ty = thread / 8u;   // rows ROWS ty .. ROWS ty + ROWS - 1
     let q_base = P.q_at.x + b * P.q_at.y + h * P.q_at.z;
 
-{% for i in range(4) %}
-    let row_{{ i }} = q_from + ty * 4u + {{ i }}u;
+{% for i in range(ROWS) %}
+    let row_{{ i }} = q_from + ty * ROWS + {{ i }}u;
     let end_{{ i }} = select(0u, key_end(row_{{ i }}, length), row_{{ i }} < P.q_len);
     var m_{{ i }} = NEVER;
     var l_{{ i }} = 0.0;
@@ -69,11 +73,11 @@ fn main(
 {% endfor %}
 
     for (var k_from = 0u; k_from < block_end; k_from += BLOCK_K) {
-{% for i in range(4) %}
+{% for i in range(ROWS) %}
         var s_{{ i }} = vec4<f32>();
 {% endfor %}
         for (var d = 0u; d < P.head_dim; d += 32u) {
-            for (var n = thread; n < 256u; n += 64u) {
+            for (var n = thread; n < 256u; n += THREADS) {
                 let row = n / 8u;
                 let column = n % 8u;
                 let i = min(q_from + row, P.q_len - 1u);
@@ -83,13 +87,13 @@ fn main(
             }
             workgroupBarrier();
             for (var n = 0u; n < 8u; n += 1u) {
-{% for i in range(4) %}
-                let q_{{ i }} = wg_q[(ty * 4u + {{ i }}u) * STRIDE + n];
+{% for i in range(ROWS) %}
+                let q_{{ i }} = wg_q[(ty * ROWS + {{ i }}u) * STRIDE + n];
 {% endfor %}
 {% for j in range(4) %}
                 let k_{{ j }} = wg_k[(tx + {{ j * 8 }}u) * STRIDE + n];
 {% endfor %}
-{% for i in range(4) %}
+{% for i in range(ROWS) %}
                 s_{{ i }} += vec4<f32>(dot(q_{{ i }}, k_0), dot(q_{{ i }}, k_1), dot(q_{{ i }}, k_2), dot(q_{{ i }}, k_3));
 {% endfor %}
             }
@@ -97,16 +101,16 @@ fn main(
         }
 
         let keys = vec4<u32>(k_from + tx) + vec4<u32>(0u, 8u, 16u, 24u);
-{% for i in range(4) %}
+{% for i in range(ROWS) %}
         let seen_{{ i }} = keys < vec4<u32>(end_{{ i }});
         s_{{ i }} = select(vec4<f32>(NEVER), s_{{ i }} * (P.scale * LOG2_E), seen_{{ i }});
-        wg_max[(ty * 4u + {{ i }}u) * 8u + tx] = max(max(s_{{ i }}.x, s_{{ i }}.y), max(s_{{ i }}.z, s_{{ i }}.w));
+        wg_max[(ty * ROWS + {{ i }}u) * 8u + tx] = max(max(s_{{ i }}.x, s_{{ i }}.y), max(s_{{ i }}.z, s_{{ i }}.w));
 {% endfor %}
         workgroupBarrier();
-{% for i in range(4) %}
+{% for i in range(ROWS) %}
         {
             var top = m_{{ i }};
-            for (var n = 0u; n < 8u; n += 1u) { top = max(top, wg_max[(ty * 4u + {{ i }}u) * 8u + n]); }
+            for (var n = 0u; n < 8u; n += 1u) { top = max(top, wg_max[(ty * ROWS + {{ i }}u) * 8u + n]); }
             let shrink = exp2(m_{{ i }} - top);
             let p = select(vec4<f32>(), exp2(s_{{ i }} - top), seen_{{ i }});
             m_{{ i }} = top;
@@ -115,12 +119,12 @@ fn main(
             o_{{ i }}_{{ c }} *= shrink;
 {% endfor %}
             // P lies in wg_q with key tx + 8 n at column tx, component n: V is staged in that order.
-            wg_q[(ty * 4u + {{ i }}u) * STRIDE + tx] = p;
+            wg_q[(ty * ROWS + {{ i }}u) * STRIDE + tx] = p;
         }
 {% endfor %}
 
 {% for c in range(V_CHUNKS) %}
-        for (var n = thread; n < 256u; n += 64u) {
+        for (var n = thread; n < 256u; n += THREADS) {
             let row = n / 8u;
             let column = n % 8u;
             let j = k_from + row;
@@ -130,13 +134,13 @@ fn main(
         }
         workgroupBarrier();
         for (var n = 0u; n < 8u; n += 1u) {
-{% for i in range(4) %}
-            let p_{{ i }} = wg_q[(ty * 4u + {{ i }}u) * STRIDE + n];
+{% for i in range(ROWS) %}
+            let p_{{ i }} = wg_q[(ty * ROWS + {{ i }}u) * STRIDE + n];
 {% endfor %}
 {% for j in range(4) %}
             let v_{{ j }} = wg_k[(n + {{ j * 8 }}u) * STRIDE + tx];
 {% endfor %}
-{% for i in range(4) %}
+{% for i in range(ROWS) %}
             o_{{ i }}_{{ c }} += p_{{ i }}.x * v_0 + p_{{ i }}.y * v_1 + p_{{ i }}.z * v_2 + p_{{ i }}.w * v_3;
 {% endfor %}
         }
@@ -144,14 +148,14 @@ fn main(
 {% endfor %}
     }
 
-{% for i in range(4) %}
-    wg_max[(ty * 4u + {{ i }}u) * 8u + tx] = l_{{ i }};
+{% for i in range(ROWS) %}
+    wg_max[(ty * ROWS + {{ i }}u) * 8u + tx] = l_{{ i }};
 {% endfor %}
     workgroupBarrier();
-{% for i in range(4) %}
+{% for i in range(ROWS) %}
     if (row_{{ i }} < P.q_len) {
         var sum = 0.0;
-        for (var n = 0u; n < 8u; n += 1u) { sum += wg_max[(ty * 4u + {{ i }}u) * 8u + n]; }
+        for (var n = 0u; n < 8u; n += 1u) { sum += wg_max[(ty * ROWS + {{ i }}u) * 8u + n]; }
         let over = select(0.0, 1.0 / max(sum, 1.0e-30), sum > 0.0);
         let at = P.o_at.x + b * P.o_at.y + h * P.o_at.z + row_{{ i }} * P.o_at.w;
 {% for c in range(V_CHUNKS) %}

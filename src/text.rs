@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use sentencepiece_model::{ModelType, SentencePieceModel, Type};
+use tokenizers::Model;
 use tokenizers::models::unigram::Unigram;
 use tokenizers::normalizers::Precompiled;
 
@@ -22,6 +23,13 @@ const ALIASES: [(&str, &str); 2] = [("fr", "fra"), ("zh", "zho")];
 /// Text to token ids and back.
 pub struct Tokenizer {
     segmenter: Segmenter,
+    source: Vocabulary,
+    /// The targets' vocabulary, where it is not the sources'.
+    target: Option<Vocabulary>,
+}
+
+/// Pieces and their ids.
+struct Vocabulary {
     ids: HashMap<String, u32>,
     pieces: Vec<String>,
     eos: u32,
@@ -50,73 +58,48 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::File`] for files that are missing or damaged, or a vocabulary without the special tokens.
     pub fn load(origin: &Path, read: ReadFile) -> Result<Tokenizer> {
-        let (segmenter, ids) = match read("source.spm")? {
-            Some(bytes) => {
-                let segmenter = sentencepiece(&origin.join("source.spm"), &bytes)?;
-                let path = origin.join("vocab.json");
-                let bytes = read("vocab.json")?
-                    .ok_or_else(|| Error::file(&path, "source.spm needs this file beside it"))?;
-                let ids: HashMap<String, u32> =
-                    serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, e))?;
-                (segmenter, ids)
-            }
-            None => {
-                let path = origin.join("tokenizer.json");
-                let bytes = read("tokenizer.json")?.ok_or_else(|| {
-                    let what =
-                        "the model's directory has neither this file nor source.spm and vocab.json";
-                    Error::file(&path, what)
-                })?;
-                let json =
-                    tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(&path, e))?;
-                let ids = json.get_vocab(true);
-                (Segmenter::Json(Box::new(json)), ids)
-            }
+        let vocabulary = |name: &str, bytes: &[u8]| {
+            let path = origin.join(name);
+            let ids = serde_json::from_slice(bytes).map_err(|e| Error::file(&path, e))?;
+            Vocabulary::new(&path, ids)
         };
-        let name = match &segmenter {
-            Segmenter::Sentencepiece { .. } => "vocab.json",
-            Segmenter::Json(_) => "tokenizer.json",
-        };
-        let path = origin.join(name);
-        let mut pieces = vec![String::new(); ids.len()];
-        for (piece, &id) in &ids {
-            let slot = pieces.get_mut(id as usize).ok_or_else(|| {
-                let n = ids.len();
-                Error::file(
-                    &path,
-                    format_args!("{piece:?} has the id {id}, of {n} in all"),
-                )
-            })?;
-            if !slot.is_empty() {
-                return Err(Error::file(
-                    &path,
-                    format_args!("{slot:?} and {piece:?} have one id, {id}"),
-                ));
-            }
-            slot.clone_from(piece);
+        if let Some(bytes) = read("source.spm")? {
+            let segmenter = sentencepiece(&origin.join("source.spm"), &bytes)?;
+            let path = origin.join("vocab.json");
+            let bytes = read("vocab.json")?
+                .ok_or_else(|| Error::file(&path, "source.spm needs this file beside it"))?;
+            return Ok(Tokenizer {
+                segmenter,
+                source: vocabulary("vocab.json", &bytes)?,
+                target: match read("target_vocab.json")? {
+                    Some(bytes) => Some(vocabulary("target_vocab.json", &bytes)?),
+                    None => None,
+                },
+            });
         }
-        let special = |name: &str| {
-            ids.get(name)
-                .copied()
-                .ok_or_else(|| Error::file(&path, format_args!("there is no {name}")))
-        };
+        let path = origin.join("tokenizer.json");
+        let bytes = read("tokenizer.json")?.ok_or_else(|| {
+            let what = "the model's directory has neither this file nor source.spm and vocab.json";
+            Error::file(&path, what)
+        })?;
+        // What is no JSON at all would not be refused by the crate, but stop the program.
+        serde_json::from_slice::<serde_json::Value>(&bytes).map_err(|e| Error::file(&path, e))?;
+        let json = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(&path, e))?;
         Ok(Tokenizer {
-            eos: special(EOS)?,
-            unknown: special(UNKNOWN)?,
-            segmenter,
-            ids,
-            pieces,
+            source: Vocabulary::new(&path, json.get_vocab(true))?,
+            segmenter: Segmenter::Json(Box::new(json)),
+            target: None,
         })
     }
 
-    /// The number of tokens.
-    pub fn vocab(&self) -> u32 {
-        self.pieces.len() as u32
+    fn target(&self) -> &Vocabulary {
+        self.target.as_ref().unwrap_or(&self.source)
     }
 
     /// The target languages that have a tag among the tokens, `fra` for `>>fra<<`, in order.
     pub fn languages(&self) -> Vec<&str> {
         let mut languages: Vec<&str> = self
+            .source
             .pieces
             .iter()
             .filter_map(|piece| language(piece))
@@ -140,7 +123,7 @@ impl Tokenizer {
             .chain(forms)
             .map(|code| format!(">>{code}<<"));
         for tag in tags {
-            if let Some(&id) = self.ids.get(&tag) {
+            if let Some(&id) = self.source.ids.get(&tag) {
                 return Ok(id);
             }
         }
@@ -192,28 +175,31 @@ impl Tokenizer {
                     }
                     let text = text.replace(' ', "▁");
                     for piece in unigram.encode(&text).map_err(failed)? {
-                        self.push_piece(&piece, *byte_fallback, &mut ids);
+                        // A run of unknown characters may spell a byte's piece.
+                        let known = unigram.token_to_id(&piece).is_some();
+                        self.push_piece(&piece, known, *byte_fallback, &mut ids);
                     }
                 }
             }
         }
-        ids.push(self.eos);
+        ids.push(self.source.eos);
         Ok(ids)
     }
 
     /// The id of a piece; its bytes' ids or the unknown token's where it has none.
-    fn push_piece(&self, piece: &str, byte_fallback: bool, ids: &mut Vec<u32>) {
-        if let Some(&id) = self.ids.get(piece) {
+    fn push_piece(&self, piece: &str, known: bool, byte_fallback: bool, ids: &mut Vec<u32>) {
+        let source = &self.source;
+        if let (true, Some(&id)) = (known || !byte_fallback, source.ids.get(piece)) {
             ids.push(id);
             return;
         }
         let bytes: Option<Vec<u32>> = piece
             .bytes()
-            .map(|byte| self.ids.get(&format!("<0x{byte:02X}>")).copied())
+            .map(|byte| source.ids.get(&format!("<0x{byte:02X}>")).copied())
             .collect();
         match bytes {
             Some(bytes) if byte_fallback => ids.extend(bytes),
-            _ => ids.push(self.unknown),
+            _ => ids.push(source.unknown),
         }
     }
 
@@ -222,8 +208,7 @@ impl Tokenizer {
         let mut streaming = self.streaming();
         let mut text: String = ids.iter().filter_map(|&id| streaming.push(id)).collect();
         text.push_str(&streaming.finish());
-        text.truncate(text.trim_end().len());
-        text
+        text.trim().to_string()
     }
 
     /// A decoder that takes one token after the other.
@@ -235,15 +220,53 @@ impl Tokenizer {
         }
     }
 
-    /// A token as it stands in the vocabulary.
+    /// A target token as it stands in the vocabulary.
     pub fn piece(&self, id: u32) -> &str {
-        self.pieces.get(id as usize).map_or(UNKNOWN, String::as_str)
+        self.target().piece(id)
     }
 
-    /// Whether a token is no part of a text: the end token, padding, the unknown one, a language's tag.
-    pub fn is_special(&self, id: u32) -> bool {
-        let piece = self.piece(id);
-        [EOS, UNKNOWN, PAD, "<s>"].contains(&piece) || language(piece).is_some()
+    /// A source token as it stands in the vocabulary.
+    pub fn source_piece(&self, id: u32) -> &str {
+        self.source.piece(id)
+    }
+}
+
+/// Whether a piece is no part of a text: the end token, padding, the unknown one, a language's tag.
+pub fn is_special(piece: &str) -> bool {
+    [EOS, UNKNOWN, PAD, "<s>"].contains(&piece) || language(piece).is_some()
+}
+
+impl Vocabulary {
+    fn new(path: &Path, ids: HashMap<String, u32>) -> Result<Self> {
+        let mut pieces = vec![String::new(); ids.len()];
+        for (piece, &id) in &ids {
+            let slot = pieces.get_mut(id as usize).ok_or_else(|| {
+                let n = ids.len();
+                Error::file(
+                    path,
+                    format_args!("{piece:?} has the id {id}, of {n} in all"),
+                )
+            })?;
+            if !slot.is_empty() {
+                let what = format_args!("{slot:?} and {piece:?} have one id, {id}");
+                return Err(Error::file(path, what));
+            }
+            slot.clone_from(piece);
+        }
+        let special = |name: &str| {
+            let id = ids.get(name).copied();
+            id.ok_or_else(|| Error::file(path, format_args!("there is no {name}")))
+        };
+        Ok(Vocabulary {
+            eos: special(EOS)?,
+            unknown: special(UNKNOWN)?,
+            ids,
+            pieces,
+        })
+    }
+
+    fn piece(&self, id: u32) -> &str {
+        self.pieces.get(id as usize).map_or(UNKNOWN, String::as_str)
     }
 }
 
@@ -258,10 +281,10 @@ pub struct Streaming<'t> {
 impl Streaming<'_> {
     /// What a token adds to the text; `None` where that is nothing yet.
     pub fn push(&mut self, id: u32) -> Option<String> {
-        if self.tokenizer.is_special(id) {
+        let piece = self.tokenizer.piece(id);
+        if is_special(piece) {
             return None;
         }
-        let piece = self.tokenizer.piece(id);
         let byte = piece
             .strip_prefix("<0x")
             .and_then(|rest| rest.strip_suffix('>'))
@@ -283,7 +306,7 @@ impl Streaming<'_> {
     }
 
     /// What is left of a character that never became whole.
-    fn finish(&mut self) -> String {
+    pub fn finish(&mut self) -> String {
         let text = String::from_utf8_lossy(&self.bytes).into_owned();
         self.bytes.clear();
         text
@@ -318,9 +341,9 @@ fn sentencepiece(path: &Path, bytes: &[u8]) -> Result<Segmenter> {
         .iter()
         .position(|piece| piece.r#type() == Type::Unknown);
     let vocab = pieces.iter().map(|piece| {
-        // Control pieces must match no text: a character stands before them that is none.
+        // These match no text, whatever it says: a character stands before them that is none.
         let text = match piece.r#type() {
-            Type::Control | Type::Unknown => format!("\u{10ffff}{}", piece.piece()),
+            Type::Control | Type::Unknown | Type::Byte => format!("\u{10ffff}{}", piece.piece()),
             _ => piece.piece().to_string(),
         };
         (text, piece.score() as f64)

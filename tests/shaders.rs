@@ -80,7 +80,8 @@ fn attention_variants() -> Vec<Shader> {
     }
     for shader in masks("prefill") {
         for chunks in 1..=4u32 {
-            all.push(shader.clone().with("V_CHUNKS", chunks));
+            let rows = if chunks == 1 { 4u32 } else { 2 };
+            all.push(shader.clone().with("V_CHUNKS", chunks).with("ROWS", rows));
         }
     }
     for (ix, shader) in masks("decode").into_iter().enumerate() {
@@ -302,14 +303,15 @@ fn plans_ask_for_variants_of_the_list() {
     let listed: HashSet<Shader> = attention_variants().into_iter().collect();
     let mut full = gpu().caps().clone();
     full.f16 = true;
-    let tensor = |dtype| gpu().empty("tensor", dtype, &[1 << 17]).unwrap();
+    let tensor = |dtype| gpu().empty("tensor", dtype, &[1 << 19]).unwrap();
     let inputs = [tensor(DType::F32), tensor(DType::F16)];
     let outputs = [tensor(DType::F32), tensor(DType::F16)];
     let kv_len = gpu().empty("kv_len", DType::U32, &[2]).unwrap();
     let rows = gpu().empty("rows", DType::U32, &[2, 130]).unwrap();
     fn view(tensor: &Tensor, [b, h, l, d]: [u32; 4], dense: bool) -> View<'_> {
         let gap = if dense { 0 } else { 1 };
-        View::new(tensor, [b, h, l, d], gap, [0, 0, d + gap]).unwrap()
+        let row = d + gap;
+        View::new(tensor, [b, h, l, d], gap, [h * l * row, l * row, row]).unwrap()
     }
     let mut asked = HashSet::new();
     let mut plans = 0;

@@ -161,7 +161,9 @@ fn plan_prefill(problem: &Problem, plan: &mut Plan) {
     let dv = problem.v.extents[3];
     let chunks = dv.div_ceil(32).min(4);
     plan.launches = vec![Launch {
-        shader: shader("prefill", problem).with("V_CHUNKS", chunks),
+        shader: shader("prefill", problem)
+            .with("V_CHUNKS", chunks)
+            .with("ROWS", if chunks == 1 { 4u32 } else { 2 }),
         groups: batch * heads * q_len.div_ceil(32) * (dv.div_ceil(chunks * 32) as u64),
     }];
 }

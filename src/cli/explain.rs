@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use qkv::Result;
-use qkv::text::Tokenizer;
+use qkv::text::{Tokenizer, is_special};
 use qkv::translate::Attention;
 
 use super::picture::{self, Map};
@@ -23,12 +23,27 @@ struct Word {
 }
 
 /// A token as people read it.
-fn label(tokenizer: &Tokenizer, id: u32) -> String {
-    let piece = tokenizer.piece(id);
+fn label(piece: &str) -> String {
     match piece.trim_start_matches('▁') {
         "" => "▁".into(),
         text => text.into(),
     }
+}
+
+fn source_pieces<'t>(tokenizer: &'t Tokenizer, attention: &Attention) -> Vec<&'t str> {
+    let source = attention.source.iter();
+    source.map(|&id| tokenizer.source_piece(id)).collect()
+}
+
+fn written_pieces<'t>(tokenizer: &'t Tokenizer, attention: &Attention) -> Vec<&'t str> {
+    let written = attention.written.iter();
+    written.map(|&id| tokenizer.piece(id)).collect()
+}
+
+/// What the decoder had read: the start token under a name of its own, then what it wrote.
+fn read_pieces<'t>(tokenizer: &'t Tokenizer, attention: &Attention) -> Vec<&'t str> {
+    let written = attention.read[1..].iter().map(|&id| tokenizer.piece(id));
+    std::iter::once(START).chain(written).collect()
 }
 
 /// Han, kana and full-width forms are written without spaces: each piece counts as a word.
@@ -37,33 +52,25 @@ fn is_cjk(text: &str) -> bool {
 }
 
 /// The pieces put together as words, by the sign that marks a word's start.
-fn words(tokenizer: &Tokenizer, ids: &[u32], first: Option<&str>) -> Vec<Word> {
+fn words(pieces: &[&str]) -> Vec<Word> {
     let mut words: Vec<Word> = Vec::new();
-    for (ix, &id) in ids.iter().enumerate() {
-        let piece = tokenizer.piece(id);
-        let text = match (ix, first) {
-            (0, Some(first)) => first.to_string(),
-            _ => label(tokenizer, id),
-        };
+    for (ix, piece) in pieces.iter().enumerate() {
         // Punctuation stands alone, but for what joins the parts of a word.
         let joint = piece.chars().all(|c| matches!(c, '\'' | '-' | '’'));
         let sign = !joint && !piece.chars().any(char::is_alphanumeric);
-        let own =
-            piece.starts_with('▁') || sign || tokenizer.is_special(id) || is_cjk(piece) || ix == 0;
-        let joins = !own
-            && words.last().is_some_and(|word| {
-                let before = ids[word.columns.start];
-                !tokenizer.is_special(before)
-                    && word.text.chars().any(char::is_alphanumeric)
-                    && !is_cjk(&word.text)
-            });
+        let own = piece.starts_with('▁') || sign || is_special(piece) || is_cjk(piece);
+        let joins = |word: &Word| {
+            let before = pieces[word.columns.start];
+            let letters = word.text.chars().any(char::is_alphanumeric);
+            letters && !is_special(before) && before != START && !is_cjk(&word.text)
+        };
         match words.last_mut() {
-            Some(word) if joins => {
-                word.text.push_str(&text);
+            Some(word) if !own && joins(word) => {
+                word.text.push_str(&label(piece));
                 word.columns.end = ix + 1;
             }
             _ => words.push(Word {
-                text,
+                text: label(piece),
                 columns: ix..ix + 1,
             }),
         }
@@ -104,7 +111,7 @@ fn rows<'w>(
     let (n, columns) = (attention.written.len(), attention.source.len());
     (0..n)
         .map(|step| Row {
-            token: label(tokenizer, attention.written[step]),
+            token: label(tokenizer.piece(attention.written[step])),
             source: heaviest(
                 source,
                 &attention.cross[step * columns..(step + 1) * columns],
@@ -116,10 +123,8 @@ fn rows<'w>(
 
 /// The steps as a table.
 pub fn text(tokenizer: &Tokenizer, attention: &Attention, decoder_steps: u32) -> String {
-    let (source, read) = (
-        words(tokenizer, &attention.source, None),
-        words(tokenizer, &attention.read, Some(START)),
-    );
+    let source = words(&source_pieces(tokenizer, attention));
+    let read = words(&read_pieces(tokenizer, attention));
     let mut out = String::new();
     let (n, tokens) = (attention.source.len(), attention.written.len());
     let _ = writeln!(
@@ -151,10 +156,8 @@ pub fn text(tokenizer: &Tokenizer, attention: &Attention, decoder_steps: u32) ->
 
 /// The steps as JSON, with every word's weight.
 pub fn json(tokenizer: &Tokenizer, attention: &Attention) -> serde_json::Value {
-    let (source, read) = (
-        words(tokenizer, &attention.source, None),
-        words(tokenizer, &attention.read, Some(START)),
-    );
+    let source = words(&source_pieces(tokenizer, attention));
+    let read = words(&read_pieces(tokenizer, attention));
     let list = |weights: &[(&str, f32)]| -> serde_json::Value {
         let pairs = weights.iter();
         pairs
@@ -176,10 +179,7 @@ pub fn draw(
     font: Option<&Path>,
     out: &Path,
 ) -> Result<()> {
-    let labels =
-        |ids: &[u32]| -> Vec<String> { ids.iter().map(|&id| label(tokenizer, id)).collect() };
-    let mut read = labels(&attention.read);
-    read[0] = START.into();
+    let labels = |pieces: Vec<&str>| pieces.into_iter().map(label).collect::<Vec<_>>();
     let which = match (shown.layer, shown.head) {
         (None, None) => "mean over layers and heads".to_string(),
         (Some(layer), None) => format!("layer {layer}, mean over heads"),
@@ -189,14 +189,14 @@ pub fn draw(
     let maps = [
         Map {
             title: format!("cross-attention ({which})"),
-            rows: labels(&attention.written),
-            columns: labels(&attention.source),
+            rows: labels(written_pieces(tokenizer, attention)),
+            columns: labels(source_pieces(tokenizer, attention)),
             weights: attention.cross.clone(),
         },
         Map {
             title: "self-attention".to_string(),
-            rows: labels(&attention.written),
-            columns: read,
+            rows: labels(written_pieces(tokenizer, attention)),
+            columns: labels(read_pieces(tokenizer, attention)),
             weights: attention.own.clone(),
         },
     ];

@@ -254,7 +254,7 @@ impl Session<'_> {
                     say(format_args!("{blank}\n"))?
                 }
                 None => say(format_args!("\n"))?,
-                Some(_) if stream => say(format_args!("\n"))?,
+                Some(_) if stream => say(format_args!("{}\n", streaming.finish()))?,
                 Some(translation) => self.show(line, &translation, decoder_steps)?,
             }
         }
@@ -300,17 +300,16 @@ impl Session<'_> {
         decoder_steps: u32,
     ) -> serde_json::Value {
         let (tokenizer, gpu) = (&self.translator.tokenizer, self.translator.model.gpu());
-        let pieces = |ids: &[u32]| -> Vec<String> {
-            ids.iter()
-                .map(|&id| tokenizer.piece(id).to_string())
-                .collect()
-        };
+        let source = translation.source.iter();
+        let source = source.map(|&id| tokenizer.source_piece(id));
+        let target = translation.target.tokens.iter();
+        let target = target.map(|&id| tokenizer.piece(id));
         let counters = gpu.counters();
         serde_json::json!({
             "source": line.text,
             "translation": translation.text,
-            "source_tokens": pieces(&translation.source),
-            "tokens": pieces(&translation.target.tokens),
+            "source_tokens": source.collect::<Vec<_>>(),
+            "tokens": target.collect::<Vec<_>>(),
             "ids": translation.target.tokens,
             "score": translation.target.score,
             "encoder_steps": 1,
