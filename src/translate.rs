@@ -45,9 +45,9 @@ pub struct Attention {
     pub written: Vec<u32>,
     /// What the decoder had read before each: the start token, then those written. T
     pub read: Vec<u32>,
-    /// Weights on the source tokens by step. [T, S]
+    /// Weights on the source tokens by step. `[T, S]`
     pub cross: Vec<f32>,
-    /// Weights on what was read by step; zero for what came later. [T, T]
+    /// Weights on what was read by step; zero for what came later. `[T, T]`
     pub own: Vec<f32>,
 }
 

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 /// A way to compute attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Route {
-    /// `scores`, `softmax`, `values`: three passes over a [B, H, Q, K] matrix, which they also give.
+    /// `scores`, `softmax`, `values`: three passes over a `[B, H, Q, K]` matrix, which they also give.
     ThreePass,
     /// One fused kernel for many query rows.
     Prefill,

@@ -3,7 +3,7 @@
 use crate::gpu::{DType, Tensor};
 use crate::{Error, Result};
 
-/// A tensor seen as [batch, heads, rows, columns], with the columns next to each other.
+/// A tensor seen as `[batch, heads, rows, columns]`, with the columns next to each other.
 #[derive(Clone, Debug)]
 pub struct View<'a> {
     pub(crate) tensor: &'a Tensor,
@@ -13,7 +13,7 @@ pub struct View<'a> {
 /// Where a view's elements lie: extents, offset and strides in elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// [batch, heads, rows, columns].
+    /// `[batch, heads, rows, columns]`.
     pub extents: [u32; 4],
     /// The first element.
     pub offset: u32,
@@ -66,7 +66,7 @@ impl Layout {
 }
 
 impl<'a> View<'a> {
-    /// A dense tensor [B, H, L, D].
+    /// A dense tensor `[B, H, L, D]`.
     pub fn bhld(tensor: &'a Tensor) -> Result<Self> {
         let &[b, h, l, d] = tensor.shape.as_slice() else {
             return Err(Error::refused(
@@ -78,7 +78,7 @@ impl<'a> View<'a> {
         View::new(tensor, [b, h, l, d], 0, [h * l * d, l * d, d])
     }
 
-    /// Heads next to each other in rows of `width` elements, from column `column` on: [B, L, H, D], or
+    /// Heads next to each other in rows of `width` elements, from column `column` on: `[B, L, H, D]`, or
     /// the queries, keys or values of a packed projection.
     pub fn packed(tensor: &'a Tensor, extents: [u32; 4], width: u32, column: u32) -> Result<Self> {
         let [_, _, l, d] = extents;
@@ -140,20 +140,20 @@ pub struct Options {
 /// The tensors of one attention: `O = softmax(scale Q K^T + mask) V`.
 #[derive(Clone, Debug)]
 pub struct Tensors<'a> {
-    /// Queries. [B, H, Q, D]
+    /// Queries. `[B, H, Q, D]`
     pub q: View<'a>,
-    /// Keys; Bk divides B, and consecutive batch rows of Q share one of K. [Bk, Hk, K, D]
+    /// Keys; Bk divides B, and consecutive batch rows of Q share one of K. `[Bk, Hk, K, D]`
     pub k: View<'a>,
-    /// Values. [Bk, Hk, K, Dv]
+    /// Values. `[Bk, Hk, K, Dv]`
     pub v: View<'a>,
-    /// The result. [B, H, Q, Dv]
+    /// The result. `[B, H, Q, Dv]`
     pub out: View<'a>,
-    /// Valid keys of each batch row of K, the first ones; all of them if not given. u32 [Bk]
+    /// Valid keys of each batch row of K, the first ones; all of them if not given. u32 `[Bk]`
     pub kv_len: Option<&'a Tensor>,
     /// For each batch row and key position, the batch row of K and V that holds it: histories that
-    /// share a past (beams). u32 [Bk, K]
+    /// share a past (beams). u32 `[Bk, K]`
     pub rows: Option<&'a Tensor>,
-    /// Where the weights go; only the three-pass route has them. f32 [B, H, Q, K]
+    /// Where the weights go; only the three-pass route has them. f32 `[B, H, Q, K]`
     pub weights: Option<&'a Tensor>,
 }
 

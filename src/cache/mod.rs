@@ -5,13 +5,13 @@ use crate::gpu::{DType, Gpu, Tensor};
 
 /// Keys and values of every layer, for R sequences of up to L positions.
 pub struct Cache {
-    /// Keys by layer. [R, Hk, L, D]
+    /// Keys by layer. `[R, Hk, L, D]`
     pub k: Vec<Tensor>,
-    /// Values by layer. [R, Hk, L, D]
+    /// Values by layer. `[R, Hk, L, D]`
     pub v: Vec<Tensor>,
-    /// Positions that each sequence fills once this step's token is in. u32 [R]
+    /// Positions that each sequence fills once this step's token is in. u32 `[R]`
     pub lengths: Tensor,
-    /// For beams: the sequence that holds each position of each beam's history. u32 [R, L]
+    /// For beams: the sequence that holds each position of each beam's history. u32 `[R, L]`
     pub rows: Option<Tensor>,
 }
 

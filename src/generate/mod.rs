@@ -214,7 +214,7 @@ impl<'m> Generator<'m> {
                 if !settings.bad_words.is_empty() {
                     // The device has gone on with its first choice, which may be banned.
                     let ids: Vec<u32> = candidates.iter().map(|row| row[0].0).collect();
-                    gpu.write(&self.ids, bytemuck::cast_slice(&ids));
+                    gpu.write(&self.ids, bytemuck::cast_slice(&ids))?;
                 }
                 let mut tokens = Vec::with_capacity(running.len());
                 for ((ended, sequence), row) in ended.iter_mut().zip(running).zip(&candidates) {
@@ -254,9 +254,9 @@ impl<'m> Generator<'m> {
                     }
                     tokens.push(moves.first().map(|step| step.token));
                 }
-                gpu.write(&self.ids, bytemuck::cast_slice(&ids));
+                gpu.write(&self.ids, bytemuck::cast_slice(&ids))?;
                 if let Some(tensor) = &self.parents {
-                    gpu.write(tensor, bytemuck::cast_slice(&parents));
+                    gpu.write(tensor, bytemuck::cast_slice(&parents))?;
                 }
                 Ok(Step { tokens })
             }

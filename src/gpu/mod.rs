@@ -348,9 +348,24 @@ impl Gpu {
         Ok(self.tensor(buffer, DType::U32, &[bytes.div_ceil(4) as u32]))
     }
 
-    /// Writes elements into a tensor before the next submission's commands.
-    pub(crate) fn write(&self, tensor: &Tensor, bytes: &[u8]) {
+    /// Writes elements, bytes of the tensor's type, from its first on; they are there for what is
+    /// submitted next.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for more bytes than the tensor has, and for a number of them that is not whole
+    /// fours.
+    pub fn write(&self, tensor: &Tensor, bytes: &[u8]) -> Result<()> {
+        let (n, most) = (bytes.len() as u64, tensor.len() * tensor.dtype.size());
+        if n > most || !n.is_multiple_of(4) {
+            let bound = format!("at most {most}, in whole fours");
+            return Err(Error::refused(
+                "what is written",
+                format_args!("{n} bytes"),
+                bound,
+            ));
+        }
         self.0.queue.write_buffer(tensor.buffer(), 0, bytes);
+        Ok(())
     }
 
     /// Submits one recording in an encoder of its own.

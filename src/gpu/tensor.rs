@@ -97,6 +97,7 @@ impl Tensor {
     }
 
     /// The first elements under another shape, of no more elements than there are.
+    #[cfg(feature = "models")]
     pub(crate) fn reshape_prefix(&self, shape: &[u32]) -> Tensor {
         let view = Tensor {
             shape: shape.to_vec(),

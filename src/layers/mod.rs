@@ -15,7 +15,7 @@ pub enum NormOrder {
     Pre,
 }
 
-/// Self-attention's weights: the three projections as one. q, k, v: [d, 3 d]; out: [d, d]
+/// Self-attention's weights: the three projections as one. q, k, v: `[d, 3 d]`; out: `[d, d]`
 #[derive(Clone, Debug)]
 pub struct SelfAttention {
     /// Queries, keys and values, in that order.
@@ -26,7 +26,7 @@ pub struct SelfAttention {
     pub norm: Norm,
 }
 
-/// Cross-attention's weights. q, out: [d, d]; kv: [d, 2 d]
+/// Cross-attention's weights. q, out: `[d, d]`; kv: `[d, 2 d]`
 #[derive(Clone, Debug)]
 pub struct CrossAttention {
     /// Queries, from the decoder.
@@ -39,7 +39,7 @@ pub struct CrossAttention {
     pub norm: Norm,
 }
 
-/// A feed-forward layer's weights. up: [d, ffn]; down: [ffn, d]
+/// A feed-forward layer's weights. up: `[d, ffn]`; down: `[ffn, d]`
 #[derive(Clone, Debug)]
 pub struct FeedForward {
     /// Into the wide space.
@@ -112,9 +112,9 @@ impl Batch {
 /// The source that a decoder attends to: a layer's keys and values and their lengths.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
-    /// Keys, then values. [B' S, 2 d]
+    /// Keys, then values. `[B' S, 2 d]`
     pub kv: &'a Tensor,
-    /// Valid positions. u32 [B']
+    /// Valid positions. u32 `[B']`
     pub lengths: &'a Tensor,
     /// Sequences, B'; it divides the decoder's batch.
     pub sequences: u32,
@@ -167,7 +167,7 @@ impl<'r, 'g> Stream<'r, 'g> {
         })
     }
 
-    /// The stream's state. [B L, d]
+    /// The stream's state. `[B L, d]`
     pub fn state(&self) -> &Tensor {
         &self.x
     }
@@ -326,8 +326,8 @@ impl<'r, 'g> Stream<'r, 'g> {
         self.leave(&weights.norm, &mixed, &weights.out)
     }
 
-    /// One encoder layer. `lengths` are the valid positions of each sequence, u32 [B]; `tap` takes the
-    /// attention weights, f32 [B, H, L, L].
+    /// One encoder layer. `lengths` are the valid positions of each sequence, u32 `[B]`; `tap` takes the
+    /// attention weights, f32 `[B, H, L, L]`.
     pub fn encoder_layer(
         &mut self,
         layer: &EncoderLayer,
@@ -338,8 +338,8 @@ impl<'r, 'g> Stream<'r, 'g> {
         self.feed_forward(&layer.feed_forward)
     }
 
-    /// One decoder layer. `taps` take the weights of self- and cross-attention, f32 [B, H, L, L] and
-    /// [B, H, L, S]; a cached step has none of the former.
+    /// One decoder layer. `taps` take the weights of self- and cross-attention, f32 `[B, H, L, L]` and
+    /// `[B, H, L, S]`; a cached step has none of the former.
     pub fn decoder_layer(
         &mut self,
         layer: &DecoderLayer,

@@ -165,7 +165,7 @@ impl Loader<'_> {
         Ok(values)
     }
 
-    /// A matrix [N, K] as products read it: [K, N rounded up to 4]; several are put side by side.
+    /// A matrix `[N, K]` as products read it: `[K, N rounded up to 4]`; several are put side by side.
     fn columns(&mut self, label: &str, matrices: &[Vec<f32>], n: u32, k: u32) -> Result<Tensor> {
         let (n, k) = (n as usize, k as usize);
         let stride = (n * matrices.len()).next_multiple_of(4);
@@ -187,7 +187,7 @@ impl Loader<'_> {
             .upload_floats(label, self.dtype, &[k as u32, stride as u32], &columns)
     }
 
-    /// An embedding table [V, d], laid out for the logits' product.
+    /// An embedding table `[V, d]`, laid out for the logits' product.
     fn table(&mut self, name: &str, vocab: u32) -> Result<Tensor> {
         let values = self.take(name, &[vocab, self.spec.width])?;
         self.columns(name, &[values], vocab, self.spec.width)
@@ -223,7 +223,7 @@ impl Loader<'_> {
         })
     }
 
-    /// Dense layers under one prefix as one, side by side: each `name`.weight [n, k] and `name`.bias [n].
+    /// Dense layers under one prefix as one, side by side: each `name`.weight `[n, k]` and `name`.bias `[n]`.
     fn linear(&mut self, prefix: &str, names: &[&str], n: u32, k: u32) -> Result<Linear> {
         let mut matrices = Vec::new();
         let mut bias = Vec::new();
@@ -304,7 +304,7 @@ impl Loader<'_> {
 }
 
 /// Sines in the first half of a row, cosines in the second: column i of either is the angle
-/// p / 10000^(2 i / d), as Marian lays them out. [P, d]
+/// p / 10000^(2 i / d), as Marian lays them out. `[P, d]`
 fn sinusoidal(positions: u32, d: u32) -> Vec<f32> {
     let sines = d.div_ceil(2);
     (0..positions)

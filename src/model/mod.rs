@@ -151,9 +151,9 @@ pub struct Model {
 /// like any other token, and never attended to by them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Padded {
-    /// [B, L]
+    /// `[B, L]`
     pub ids: Vec<u32>,
-    /// Tokens of each row. [B]
+    /// Tokens of each row. `[B]`
     pub lengths: Vec<u32>,
     /// Length of a row, L.
     pub len: u32,
@@ -178,27 +178,27 @@ impl Padded {
 
 /// What the encoder made of a batch of sources: the decoder's long-term memory.
 pub struct Memory {
-    /// The encoder's output. [B, S, d]
+    /// The encoder's output. `[B, S, d]`
     pub states: Tensor,
-    /// Keys and values of every decoder layer, made once. [B S, 2 d]
+    /// Keys and values of every decoder layer, made once. `[B S, 2 d]`
     pub cross: Vec<Tensor>,
-    /// Valid positions of each source. u32 [B]
+    /// Valid positions of each source. u32 `[B]`
     pub lengths: Tensor,
     /// Sources, B.
     pub sources: u32,
     /// Positions of the longest, S.
     pub len: u32,
-    /// The attention weights of every layer, where asked for. f32 [B, H, S, S]
+    /// The attention weights of every layer, where asked for. f32 `[B, H, S, S]`
     pub attentions: Vec<Tensor>,
 }
 
 /// What the decoder says of whole targets.
 pub struct Forward {
-    /// Scores of every token at every position. f32 [B, T, V]
+    /// Scores of every token at every position. f32 `[B, T, V]`
     pub logits: Tensor,
-    /// Self-attention's weights by layer, where asked for. f32 [B, H, T, T]
+    /// Self-attention's weights by layer, where asked for. f32 `[B, H, T, T]`
     pub decoder_attentions: Vec<Tensor>,
-    /// Cross-attention's weights by layer, where asked for. f32 [B, H, T, S]
+    /// Cross-attention's weights by layer, where asked for. f32 `[B, H, T, S]`
     pub cross_attentions: Vec<Tensor>,
 }
 
@@ -395,8 +395,8 @@ impl Model {
         })
     }
 
-    /// One decoder step for every sequence of the cache: its token in `ids`, u32 [R], to `logits`, f32
-    /// [R, V]. Several sequences may share a source.
+    /// One decoder step for every sequence of the cache: its token in `ids`, u32 `[R]`, to `logits`, f32
+    /// `[R, V]`. Several sequences may share a source.
     pub fn record_step(
         &self,
         recorder: &mut Recorder,

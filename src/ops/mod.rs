@@ -41,12 +41,12 @@ fn check_u32(what: &str, elements: u64) -> Result<u32> {
     })
 }
 
-/// A dense layer's weights, `Y = X W + bias`, W stored [K, N] with rows padded to whole fours.
+/// A dense layer's weights, `Y = X W + bias`, W stored `[K, N]` with rows padded to whole fours.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    /// [K, N rounded up to 4]
+    /// `[K, N rounded up to 4]`
     pub weight: Tensor,
-    /// f32 [N rounded up to 4]
+    /// f32 `[N rounded up to 4]`
     pub bias: Option<Tensor>,
     /// Outputs.
     pub n: u32,
@@ -57,14 +57,14 @@ pub struct Linear {
 pub struct Epilogue<'a> {
     /// Applied to X W + bias.
     pub activation: Option<Activation>,
-    /// Added last. [M, N]
+    /// Added last. `[M, N]`
     pub residual: Option<&'a Tensor>,
 }
 
 /// How many rows make `matmul` the better kernel than `matvec`.
 const MANY_ROWS: u32 = 5;
 
-/// Y = activate(X W + bias) + residual. X: [M, K], Y: [M, N].
+/// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`.
 pub fn matmul(
     recorder: &mut Recorder,
     x: &Tensor,
@@ -106,7 +106,7 @@ pub fn matmul(
     recorder.dispatch(&shader, [m, linear.n, k, stride], &bindings, groups)
 }
 
-/// A layer norm's weights. f32 [d]
+/// A layer norm's weights. f32 `[d]`
 #[derive(Clone, Debug)]
 pub struct Norm {
     /// The scale.
@@ -117,7 +117,7 @@ pub struct Norm {
     pub eps: f32,
 }
 
-/// Y = layer_norm(X), row by row. X, Y: [R, d]
+/// Y = layer_norm(X), row by row. X, Y: `[R, d]`
 pub fn norm(recorder: &mut Recorder, x: &Tensor, norm: &Norm, y: &Tensor) -> Result<()> {
     let width = norm.gamma.shape[0];
     let rows = check_u32("a norm's input", x.len())? / width;
@@ -136,11 +136,11 @@ pub fn norm(recorder: &mut Recorder, x: &Tensor, norm: &Norm, y: &Tensor) -> Res
 /// Token embeddings and positions.
 #[derive(Clone, Debug)]
 pub struct Embedding {
-    /// [d, V rounded up to 4]
+    /// `[d, V rounded up to 4]`
     pub table: Tensor,
     /// Rows of the table that are tokens.
     pub vocab: u32,
-    /// f32 [P, d]
+    /// f32 `[P, d]`
     pub positions: Tensor,
     /// The row of `positions` that position 0 takes.
     pub first_position: u32,
@@ -152,11 +152,11 @@ pub struct Embedding {
 pub enum Places<'a> {
     /// ids are [B, T]: token t stands at position t.
     Sequence(u32),
-    /// ids are [R]: the token of row r stands at position lengths[r] - 1.
+    /// ids are `[R]`: the token of row r stands at position `lengths[r] - 1`.
     Lengths(&'a Tensor),
 }
 
-/// X[r] = scale E[id] + positions[place]. ids: u32 [R], X: [R, d]
+/// `X[r] = scale E[id] + positions[place]`. ids: u32 `[R]`, X: `[R, d]`
 pub fn embed(
     recorder: &mut Recorder,
     ids: &Tensor,
@@ -205,8 +205,8 @@ pub fn embed(
     recorder.dispatch(&shader, params, &bindings, elements.div_ceil(THREADS))
 }
 
-/// Writes this step's keys and values behind what the cache holds: position lengths[r] - 1 of row r.
-/// qkv: [R, (H + 2 Hk) D] with the keys at column `k_column`, the values behind them; caches: [R, Hk, L, D]
+/// Writes this step's keys and values behind what the cache holds: position `lengths[r] - 1` of row r.
+/// qkv: `[R, (H + 2 Hk) D]` with the keys at column `k_column`, the values behind them; caches: `[R, Hk, L, D]`
 pub fn append(
     recorder: &mut Recorder,
     qkv: &Tensor,
@@ -238,7 +238,7 @@ pub fn append(
 }
 
 /// Beams take over their parents' histories: permutes `rows` and enters each row at its own position.
-/// parents, lengths: u32 [R], rows: u32 [R, L]
+/// parents, lengths: u32 `[R]`, rows: u32 `[R, L]`
 pub fn reorder(
     recorder: &mut Recorder,
     parents: &Tensor,
@@ -259,15 +259,15 @@ pub fn reorder(
 
 /// What `choose` reads and writes.
 pub struct Choice<'a> {
-    /// f32 [R, V]
+    /// f32 `[R, V]`
     pub logits: &'a Tensor,
     /// A bit a token: the first generated token's, then those of later ones. u32 [2, V / 32 rounded up]
     pub allowed: &'a Tensor,
-    /// Moved on by one. u32 [R]
+    /// Moved on by one. u32 `[R]`
     pub lengths: &'a Tensor,
-    /// Token and bits of its log-probability, best first. u32 [R, candidates, 2]
+    /// Token and bits of its log-probability, best first. u32 `[R, candidates, 2]`
     pub chosen: &'a Tensor,
-    /// Set to the best token. u32 [R]
+    /// Set to the best token. u32 `[R]`
     pub ids: &'a Tensor,
 }
 
