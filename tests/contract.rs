@@ -121,3 +121,63 @@ fn a_buffer_that_is_too_small_for_its_shape_is_refused() {
         "{error}"
     );
 }
+
+/// A device with WebGPU's default limits and no optional feature, as a browser grants it.
+fn least_device() -> (wgpu::Device, wgpu::Queue) {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+    descriptor.backends = wgpu::Backends::PRIMARY;
+    let instance = wgpu::Instance::new(descriptor);
+    let adapter = pollster::block_on(instance.request_adapter(&Default::default())).unwrap();
+    let request = adapter.request_device(&wgpu::DeviceDescriptor::default());
+    pollster::block_on(request).unwrap()
+}
+
+#[test]
+#[cfg(feature = "models")]
+fn a_device_with_default_limits_and_no_features_translates_the_same() {
+    use qkv::generate::{Generator, Settings};
+    use qkv::model::{Model, Padded, Source};
+
+    let goldens = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/relu");
+    let source = Source::Directory(goldens.into());
+    let write = |gpu: &Gpu, beams| {
+        let model = Model::load(gpu, &source, DType::F32, &mut |_, _| {}).unwrap();
+        let sources = Padded::new(&[vec![5, 9, 31, 7, 0], vec![12, 0]], 0);
+        let memory = model.encode(&sources, true).unwrap();
+        let settings = Settings {
+            beams,
+            max_tokens: 12,
+            ..Settings::load(&source).unwrap()
+        };
+        let mut generator = Generator::new(&model, &memory, &settings).unwrap();
+        generator.by_ref().for_each(|step| drop(step.unwrap()));
+        let sequences = generator.sequences().into_iter();
+        sequences
+            .map(|sequence| sequence.tokens)
+            .collect::<Vec<_>>()
+    };
+    let (device, queue) = least_device();
+    let least = Gpu::from_wgpu(&device, &queue);
+    assert!(!least.caps().f16);
+    assert_eq!(least.caps().workgroup_memory, 16 << 10);
+    assert_eq!(least.caps().storage_buffers, 8);
+    let full = Gpu::new().unwrap();
+    for beams in [1, 4] {
+        assert_eq!(write(&least, beams), write(&full, beams));
+    }
+    let f16 = least
+        .upload_floats("half", DType::F16, &[1, 1, 1, 4], &[1.0; 4])
+        .unwrap();
+    let out = least.empty("out", DType::F16, &[1, 1, 1, 4]).unwrap();
+    let tensors = Tensors {
+        q: View::bhld(&f16).unwrap(),
+        k: View::bhld(&f16).unwrap(),
+        v: View::bhld(&f16).unwrap(),
+        out: View::bhld(&out).unwrap(),
+        kv_len: None,
+        rows: None,
+        weights: None,
+    };
+    let refused = attention::record(&mut Recorder::new(&least), &tensors, &Options::default());
+    assert!(refused.unwrap_err().to_string().contains("f16"));
+}
