@@ -1,4 +1,4 @@
-//! Translates a sentence and shows, word by word, what the decoder looked at.
+//! Translates a sentence and shows, token by token, what the decoder looked at.
 //!
 //!     cargo run --release --example translate -- fra "Where is the train station?"
 
@@ -34,7 +34,7 @@ fn main() -> qkv::Result<()> {
             println!(
                 "{:>12} looked at {} ({:.2})",
                 tokenizer.piece(written),
-                tokenizer.piece(read),
+                tokenizer.source_piece(read),
                 weights[ix]
             );
         }

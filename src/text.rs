@@ -84,12 +84,22 @@ impl Tokenizer {
         })?;
         // What is no JSON at all would not be refused by the crate, but stop the program.
         serde_json::from_slice::<serde_json::Value>(&bytes).map_err(|e| Error::file(&path, e))?;
-        let json = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(&path, e))?;
+        let mut json =
+            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(&path, e))?;
+        // Texts are cut and padded by nobody.
+        json.with_padding(None);
+        json.with_truncation(None)
+            .map_err(|e| Error::file(&path, e))?;
         Ok(Tokenizer {
             source: Vocabulary::new(&path, json.get_vocab(true))?,
             segmenter: Segmenter::Json(Box::new(json)),
             target: None,
         })
+    }
+
+    /// Tokens of the source and of the target vocabulary.
+    pub fn vocabularies(&self) -> [u32; 2] {
+        [&self.source, self.target()].map(|vocabulary| vocabulary.pieces.len() as u32)
     }
 
     fn target(&self) -> &Vocabulary {

@@ -65,10 +65,27 @@ impl Translator {
         let tokenizer = Tokenizer::load(source.path(), &|name| {
             Ok(source.file(name)?.map(|bytes| bytes.to_vec()))
         })?;
+        let model = Model::load(gpu, source, dtype, progress)?;
+        let spec = model.spec();
+        let sizes = [spec.source_vocab, spec.target_vocab];
+        if tokenizer
+            .vocabularies()
+            .iter()
+            .zip(sizes)
+            .any(|(&tokens, size)| tokens > size)
+        {
+            let what = format_args!(
+                "its tokenizer has {:?} tokens, its model {sizes:?}",
+                tokenizer.vocabularies()
+            );
+            return Err(Error::file(source.path(), what));
+        }
+        let mut settings = Settings::load(source)?;
+        settings.max_tokens = settings.max_tokens.min(spec.max_positions);
         Ok(Translator {
-            settings: Settings::load(source)?,
-            model: Model::load(gpu, source, dtype, progress)?,
             tokenizer,
+            model,
+            settings,
         })
     }
 
@@ -146,6 +163,13 @@ impl Translator {
         let layers = within("layer", layer, stack.layers)?;
         let heads = within("head", head, stack.heads)?;
         let written = translation.target.tokens.clone();
+        if written.is_empty() {
+            return Err(Error::refused(
+                "the translation",
+                "empty",
+                "at least one token",
+            ));
+        }
         let mut read = vec![self.settings.start];
         read.extend(&written[..written.len() - 1]);
         let memory = self

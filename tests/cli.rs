@@ -175,6 +175,13 @@ fn devices_are_listed_and_chosen() {
         ),
         &["Voodoo 2", &name],
     );
+    // A number is a number, also where it is part of a name.
+    refuses(
+        &qkv(&["devices", "--device", "256"], b""),
+        &["--device", "256", &name],
+    );
+    let said = with_environment(&["devices"], b"", &[("QKV_DEVICE", "Voodoo 3")]);
+    refuses(&said, &["QKV_DEVICE", "Voodoo 3"]);
 }
 
 #[test]
@@ -183,11 +190,12 @@ fn without_an_adapter_it_says_how_to_get_one() {
         ("VK_DRIVER_FILES", "/nowhere.json"),
         ("VK_ICD_FILENAMES", "/nowhere.json"),
     ];
-    let said = with_environment(&["translate", "--to", "fra", "Yes."], b"", &none);
-    refuses(
-        &said,
-        &["no GPU adapter", "scripts/with-gpu", "mesa-vulkan-drivers"],
-    );
+    for arguments in [&["translate", "--to", "fra", "Yes."][..], &["devices"]] {
+        refuses(
+            &with_environment(arguments, b"", &none),
+            &["no GPU adapter", "scripts/with-gpu", "mesa-vulkan-drivers"],
+        );
+    }
 }
 
 #[test]
@@ -219,6 +227,10 @@ fn bad_text_is_refused_before_anything_is_said() {
             b"",
         ),
         &["max_tokens", "256"],
+    );
+    refuses(
+        &qkv(&[&to[..], &["--layer", "1", "Yes."]].concat(), b""),
+        &["--layer", "--explain"],
     );
     refuses(
         &qkv(&[&to[..], &["--no-such-option"]].concat(), b""),

@@ -1,4 +1,5 @@
 //! Small MarianMT models against what Hugging Face transformers makes of them (tests/goldens).
+#![cfg(feature = "models")]
 
 #[path = "support/compare.rs"]
 mod compare;
@@ -121,7 +122,11 @@ fn logits_states_and_attentions_equal_transformers() {
                 let (shape, want) = golden.floats(&format!("{kind}_attentions.{ix}"));
                 assert_eq!(
                     shape,
-                    tensor.shape.iter().map(|&n| n as usize).collect::<Vec<_>>()
+                    tensor
+                        .shape()
+                        .iter()
+                        .map(|&n| n as usize)
+                        .collect::<Vec<_>>()
                 );
                 attentions = attentions.max(worst(&gpu.read_floats(tensor).unwrap(), &want));
             }
@@ -265,5 +270,75 @@ fn in_f16_the_best_token_is_the_same_wherever_it_is_clearly_the_best() {
         );
         assert!(error <= bound, "{name}: {error} of {bound}");
         assert!(clear * 10 >= rows * 9, "{name}: {clear} of {rows}");
+    }
+}
+
+#[test]
+fn settings_that_are_not_honoured_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = Golden::new("relu").dir;
+    std::fs::copy(golden.join("config.json"), dir.path().join("config.json")).unwrap();
+    let text = std::fs::read(golden.join("generation_config.json")).unwrap();
+    let cases: [(&str, serde_json::Value); 6] = [
+        ("do_sample", true.into()),
+        ("no_repeat_ngram_size", 3.into()),
+        ("repetition_penalty", 1.2.into()),
+        ("min_length", 5.into()),
+        ("sequence_bias", serde_json::json!([[[1], 2.0]])),
+        ("early_stopping", "sometimes".into()),
+    ];
+    for (key, value) in cases {
+        let mut json: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        json[key] = value;
+        std::fs::write(dir.path().join("generation_config.json"), json.to_string()).unwrap();
+        let refused = Settings::load(&Source::Directory(dir.path().into())).unwrap_err();
+        assert!(refused.to_string().contains(key), "{refused}");
+    }
+    let mut json: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    (json["do_sample"], json["repetition_penalty"]) = (false.into(), 1.into());
+    json["renormalize_logits"] = true.into();
+    std::fs::write(dir.path().join("generation_config.json"), json.to_string()).unwrap();
+    assert!(
+        Settings::load(&Source::Directory(dir.path().into()))
+            .unwrap()
+            .renormalize
+    );
+}
+
+#[test]
+fn renormalized_scores_are_over_the_tokens_that_may_be_written() {
+    let gpu = Gpu::new().unwrap();
+    let golden = Golden::new("relu");
+    let model = golden.model(&gpu, DType::F32);
+    let memory = model.encode(&golden.sources(), false).unwrap();
+    let mut settings = settings(&golden, "greedy");
+    settings.suppressed = (0..40).filter(|id| !settings.eos.contains(id)).collect();
+    settings.forced_eos = None;
+    settings.renormalize = true;
+    let mut generator = Generator::new(&model, &memory, &settings).unwrap();
+    generator.by_ref().for_each(|step| drop(step.unwrap()));
+    let sequences = generator.sequences();
+    let read: Vec<Vec<u32>> = sequences
+        .iter()
+        .map(|sequence| [&[settings.start], &sequence.tokens[..]].concat())
+        .collect();
+    let targets = Padded::new(&read, 0);
+    let forward = model.forward(&memory, &targets, false).unwrap();
+    let logits = gpu.read_floats(&forward.logits).unwrap();
+    let vocab = model.spec().target_vocab as usize;
+    for (row, sequence) in sequences.iter().enumerate() {
+        let mut want = 0.0;
+        for (step, &token) in sequence.tokens.iter().enumerate() {
+            let at = (row * targets.len as usize + step) * vocab;
+            let logits = &logits[at..at + vocab];
+            let open = (0..vocab as u32).filter(|id| !settings.suppressed.contains(id));
+            let sum: f64 = open.map(|id| (logits[id as usize] as f64).exp()).sum();
+            want += logits[token as usize] as f64 - sum.ln();
+        }
+        assert!(
+            (want - sequence.score as f64).abs() < 1e-3,
+            "{want} {}",
+            sequence.score
+        );
     }
 }

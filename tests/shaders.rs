@@ -154,7 +154,10 @@ fn other_variants() -> Vec<Shader> {
         }
     }
     for candidates in [1u32, 2, 8, 64] {
-        all.push(Shader::new("choose").with("CANDIDATES", candidates));
+        for renormalize in [false, true] {
+            let shader = Shader::new("choose").with("CANDIDATES", candidates);
+            all.push(shader.with("RENORMALIZE", renormalize));
+        }
     }
     for beams in [2u32, 4, 32] {
         all.push(Shader::new("reorder").with("BEAMS", beams));
@@ -248,7 +251,7 @@ fn every_variant_of_every_kernel_is_valid() {
     }
     let all: usize = counts.values().sum();
     println!("{all} variants, {} texts: {counts:?}", texts.len());
-    assert_eq!(all, 3189);
+    assert_eq!(all, 3193);
 }
 
 #[test]

@@ -481,7 +481,7 @@ fn decoding_step_by_step_equals_the_whole() {
         for block in cache.k.iter_mut().chain(&mut cache.v) {
             let nan = vec![f32::NAN; block.len() as usize];
             *block = gpu
-                .upload_floats("cache", DType::F32, &block.shape, &nan)
+                .upload_floats("cache", DType::F32, block.shape(), &nan)
                 .unwrap();
         }
         let vocab = spec.target_vocab as usize;
@@ -521,6 +521,7 @@ fn settings(beams: u32) -> Settings {
         forced_eos: None,
         suppressed: vec![START],
         bad_words: Vec::new(),
+        renormalize: false,
         begin_suppressed: vec![0, 2],
     }
 }

@@ -39,7 +39,7 @@ fn kv_row(b: u32) -> u32 {
 // Where key `j` of batch row `kb` lies: `rows` names the batch row that holds each position.
 fn key_at(view: vec4<u32>, kb: u32, head: u32, j: u32) -> u32 {
 {% if HAS_ROWS %}
-    let row = rows[kb * P.rows_stride + j];
+    let row = min(rows[kb * P.rows_stride + j], P.kv_batch - 1u);
 {% else %}
     let row = kb;
 {% endif %}

@@ -23,19 +23,19 @@ pub struct Layout {
 
 impl Layout {
     /// One past the last element.
-    fn end(&self) -> u64 {
-        let [b, h, l, d] = self.extents.map(u64::from);
-        if b * h * l * d == 0 {
+    fn end(&self) -> u128 {
+        if self.extents.contains(&0) {
             return 0;
         }
-        let [sb, sh, sl] = self.strides.map(u64::from);
-        self.offset as u64 + (b - 1) * sb + (h - 1) * sh + (l - 1) * sl + d
+        let [b, h, l, d] = self.extents.map(u128::from);
+        let [sb, sh, sl] = self.strides.map(u128::from);
+        self.offset as u128 + (b - 1) * sb + (h - 1) * sh + (l - 1) * sl + d
     }
 
     /// Whether no two of its elements are one: each stride steps over all that the lesser ones reach.
     fn disjoint(&self) -> bool {
-        let [b, h, l, d] = self.extents.map(u64::from);
-        let [sb, sh, sl] = self.strides.map(u64::from);
+        let [b, h, l, d] = self.extents.map(u128::from);
+        let [sb, sh, sl] = self.strides.map(u128::from);
         let mut axes = [(1, d), (sl, l), (sh, h), (sb, b)];
         axes.sort_unstable();
         let mut reach = 1;
@@ -75,14 +75,15 @@ impl<'a> View<'a> {
                 "four extents",
             ));
         };
-        View::new(tensor, [b, h, l, d], 0, [h * l * d, l * d, d])
+        let row = l.saturating_mul(d);
+        View::new(tensor, [b, h, l, d], 0, [h.saturating_mul(row), row, d])
     }
 
     /// Heads next to each other in rows of `width` elements, from column `column` on: `[B, L, H, D]`, or
     /// the queries, keys or values of a packed projection.
     pub fn packed(tensor: &'a Tensor, extents: [u32; 4], width: u32, column: u32) -> Result<Self> {
         let [_, _, l, d] = extents;
-        View::new(tensor, extents, column, [l * width, d, width])
+        View::new(tensor, extents, column, [l.saturating_mul(width), d, width])
     }
 
     /// Any view; `strides` over batch, head and row, in elements.
@@ -100,7 +101,7 @@ impl<'a> View<'a> {
             offset,
             strides,
         };
-        if layout.end() > tensor.len() || layout.end() > u32::MAX as u64 {
+        if layout.end() > tensor.len() as u128 || layout.end() > u32::MAX as u128 {
             return Err(Error::refused(
                 "a view",
                 format_args!("{layout:?}"),

@@ -65,7 +65,11 @@ fn save(gpu: &Gpu, tensors: &[(String, &Tensor)], path: &Path) -> Result<()> {
             .collect();
         data.push((
             name,
-            tensor.shape.iter().map(|&n| n as usize).collect::<Vec<_>>(),
+            tensor
+                .shape()
+                .iter()
+                .map(|&n| n as usize)
+                .collect::<Vec<_>>(),
             bytes,
         ));
     }
@@ -129,7 +133,11 @@ impl Input {
                 .map(|&b| u32::from_le_bytes(b) as i64)
                 .collect(),
             Dtype::U8 | Dtype::BOOL => data.iter().map(|&b| b as i64).collect(),
-            other => return Err(bad(format!("{name} is {other:?}; integers are read"))),
+            other => {
+                return Err(bad(format!(
+                    "{name} is {other:?}; i64, i32, u64, u32, u8 and bool are read"
+                )));
+            }
         };
         let narrow: std::result::Result<Vec<u32>, _> =
             wide.iter().map(|&id| u32::try_from(id)).collect();

@@ -11,15 +11,16 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use qkv::gpu::{DEVICE_VARIABLE, DType, Gpu};
+use qkv::gpu::{DType, Gpu};
 use qkv::model::Source;
 use qkv::{Error, Result};
 
 #[derive(Parser)]
 #[command(version, about = "Attention on any GPU", max_term_width = 100)]
 struct Cli {
-    /// The device, by number or a part of its name, as `qkv devices` lists them
-    #[arg(long, global = true, env = DEVICE_VARIABLE)]
+    /// The device, by number or a part of its name, as `qkv devices` lists them; the environment's
+    /// QKV_DEVICE if not given
+    #[arg(long, global = true)]
     device: Option<String>,
     #[command(subcommand)]
     command: Command,

@@ -20,10 +20,10 @@ pub struct Options {
     /// The language to translate to: fra or zho with the embedded model
     #[arg(long, value_name = "LANG")]
     to: Option<String>,
-    /// Beams; 1 is greedy
+    /// Beams; 1, the default whatever the model's files say, is greedy
     #[arg(long, value_name = "N", default_value_t = 1)]
     beam: u32,
-    /// The most tokens to write for a line; as many as the model can, if not given
+    /// The most tokens to write for a line; what the model's generation_config.json says, if not given
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
     /// Lines that are translated together
@@ -71,6 +71,16 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
             "--attention",
             format_args!("for {n} texts"),
             "one text",
+        ));
+    }
+    if (options.layer.is_some() || options.head.is_some())
+        && !options.explain
+        && options.attention.is_none()
+    {
+        return Err(Error::refused(
+            "--layer or --head",
+            "given",
+            "with --explain or --attention only",
         ));
     }
     let started = Instant::now();
@@ -142,11 +152,10 @@ fn lines(options: &Options) -> Result<Vec<Line>> {
 }
 
 fn settings(options: &Options, translator: &Translator) -> Result<Settings> {
-    let positions = translator.model.spec().max_positions;
     let own = translator.settings.clone();
     Ok(Settings {
         beams: options.beam,
-        max_tokens: options.max_tokens.unwrap_or(own.max_tokens.min(positions)),
+        max_tokens: options.max_tokens.unwrap_or(own.max_tokens),
         ..own
     })
 }
@@ -221,7 +230,7 @@ impl Session<'_> {
         let shown = self.options.explain || self.options.attention.is_some();
         let plain = !self.options.json && !shown;
         let stream = plain
-            && sources.len() == 1
+            && lines.len() == 1
             && self.settings.beams == 1
             && std::io::stdout().is_terminal();
         let mut streaming = self.translator.tokenizer.streaming();

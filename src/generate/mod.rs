@@ -89,6 +89,7 @@ impl<'m> Generator<'m> {
             lengths: &cache.lengths,
             chosen: &chosen,
             ids: &ids,
+            renormalize: settings.renormalize,
         };
         ops::choose(&mut recorder, choice)?;
         recorder.copy(&chosen, staging.buffer(), 0);
@@ -207,6 +208,12 @@ impl<'m> Generator<'m> {
                 };
                 tokens
                     .retain(|&(token, _)| forced == Some(token) || !settings.bans(written, token));
+                if tokens.is_empty() {
+                    let step = self.steps;
+                    let what =
+                        format!("decoder step {step}: every token of sequence {row} is banned");
+                    return Err(Error::Device(what));
+                }
             }
         }
         match &mut self.state {

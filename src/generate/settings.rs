@@ -42,6 +42,8 @@ pub struct Settings {
     pub bad_words: Vec<Vec<u32>>,
     /// Not written first.
     pub begin_suppressed: Vec<u32>,
+    /// Probabilities are of the tokens that may be written, not of the whole vocabulary.
+    pub renormalize: bool,
 }
 
 impl Settings {
@@ -106,11 +108,22 @@ impl Settings {
             ("num_beam_groups", Value::from(1)),
             ("diversity_penalty", Value::from(0.0)),
             ("repetition_penalty", Value::from(1.0)),
+            ("encoder_repetition_penalty", Value::from(1.0)),
+            ("num_return_sequences", Value::from(1)),
+            ("guidance_scale", Value::from(1.0)),
+            // Lists and objects that have no neutral value but their absence.
+            ("exponential_decay_length_penalty", Value::Null),
+            ("sequence_bias", Value::Null),
+            ("force_words_ids", Value::Null),
+            ("constraints", Value::Null),
+            ("stop_strings", Value::Null),
         ] {
-            if let Some(value) = get(key)
-                && value != &neutral
-                && value.as_f64() != neutral.as_f64().filter(|_| !neutral.is_boolean())
-            {
+            let Some(value) = get(key) else { continue };
+            let same = match (value.as_f64(), neutral.as_f64()) {
+                (Some(value), Some(neutral)) => value == neutral,
+                _ => *value == neutral,
+            };
+            if !same {
                 return Err(bad(key, value, &format!("only {neutral} is honoured")));
             }
         }
@@ -150,7 +163,8 @@ impl Settings {
             max_tokens: match (number("max_new_tokens")?, number("max_length")?) {
                 (Some(new), _) => new as u32,
                 (None, Some(length)) => (length as u32).saturating_sub(1),
-                (None, None) => 20,
+                // As many as the model has positions, which `Translator::load` knows.
+                (None, None) => u32::MAX,
             },
             length_penalty: number("length_penalty")?.unwrap_or(1.0) as f32,
             early_stopping: match get("early_stopping") {
@@ -168,6 +182,7 @@ impl Settings {
             suppressed,
             bad_words,
             begin_suppressed: ids("begin_suppress_tokens", get("begin_suppress_tokens"))?,
+            renormalize: get("renormalize_logits").is_some_and(|value| *value == Value::Bool(true)),
         })
     }
 
@@ -206,6 +221,13 @@ impl Settings {
                 "a token id of the generation settings",
                 id,
                 format!("below the vocabulary's {vocab}"),
+            ));
+        }
+        if self.renormalize && !self.bad_words.is_empty() {
+            return Err(Error::refused(
+                "renormalize_logits",
+                true,
+                "false, or no bad words of several tokens",
             ));
         }
         let candidates = self.candidates();

@@ -30,11 +30,10 @@ const NO_ADAPTER: &str = "no GPU adapter was found. On Linux, install a Vulkan d
 /// Every adapter, with the one that [`super::Gpu::choose`] would take marked.
 pub fn adapters(wanted: Option<&str>) -> Result<Vec<AdapterReport>> {
     let found = enumerate();
-    let chosen = if found.is_empty() {
-        None
-    } else {
-        Some(pick(&found, wanted)?)
-    };
+    if found.is_empty() {
+        return Err(Error::NoAdapter(NO_ADAPTER.into()));
+    }
+    let (chosen, why) = pick(&found, wanted)?;
     Ok(found
         .iter()
         .enumerate()
@@ -53,10 +52,7 @@ pub fn adapters(wanted: Option<&str>) -> Result<Vec<AdapterReport>> {
                     adapter.limits(),
                     cooperative(adapter),
                 ),
-                chosen: match &chosen {
-                    Some((ix, why)) if *ix == number => Some(why.clone()),
-                    _ => None,
-                },
+                chosen: (chosen == number).then(|| why.clone()),
             }
         })
         .collect())
@@ -107,15 +103,20 @@ fn pick(found: &[wgpu::Adapter], wanted: Option<&str>) -> Result<(usize, String)
         };
         return Ok((best, why));
     };
-    let by_number = wish.parse::<usize>().ok().filter(|&ix| ix < found.len());
-    let by_name = || {
-        let wish = wish.to_lowercase();
-        found
-            .iter()
-            .position(|adapter| adapter.get_info().name.to_lowercase().contains(&wish))
+    let chosen = match wish.parse::<usize>() {
+        Ok(number) => Some(number).filter(|&ix| ix < found.len()),
+        Err(_) => {
+            let wish = wish.to_lowercase();
+            let names = found
+                .iter()
+                .map(|adapter| adapter.get_info().name.to_lowercase());
+            names
+                .enumerate()
+                .find(|(_, name)| name.contains(&wish))
+                .map(|(ix, _)| ix)
+        }
     };
-    by_number
-        .or_else(by_name)
+    chosen
         .map(|ix| (ix, format!("chosen by {by}")))
         .ok_or_else(|| {
             let names: Vec<String> = found

@@ -1,6 +1,6 @@
 //! What a device can do, as plain data: plans are made from it, tests narrow it.
 
-/// One square cooperative-matrix shape the adapter reports, as text for people and plans.
+/// One cooperative-matrix shape the adapter reports, as text for people and plans.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CoopShape {
     /// Rows of A and C.
@@ -42,8 +42,6 @@ pub struct Caps {
     pub max_groups: u32,
     /// Alignment of a uniform binding's offset.
     pub uniform_align: u32,
-    /// Alignment of a storage binding's offset.
-    pub storage_align: u32,
 }
 
 impl Caps {
@@ -68,7 +66,6 @@ impl Caps {
             max_buffer: limits.max_buffer_size,
             max_groups: limits.max_compute_workgroups_per_dimension,
             uniform_align: limits.min_uniform_buffer_offset_alignment,
-            storage_align: limits.min_storage_buffer_offset_alignment,
         }
     }
 
@@ -114,9 +111,6 @@ impl Caps {
             uniform_align: least
                 .min_uniform_buffer_offset_alignment
                 .max(self.uniform_align),
-            storage_align: least
-                .min_storage_buffer_offset_alignment
-                .max(self.storage_align),
         }
     }
 }

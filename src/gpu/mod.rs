@@ -38,11 +38,21 @@ struct Inner {
     trouble: Arc<Mutex<Trouble>>,
 }
 
+/// Bytes of a tensor; more than there can be where that is not to be counted.
+fn bytes_of(dtype: DType, shape: &[u32]) -> u64 {
+    let elements = shape
+        .iter()
+        .try_fold(1u64, |n, &extent| n.checked_mul(extent as u64));
+    elements
+        .and_then(|n| n.checked_mul(dtype.size()))
+        .unwrap_or(u64::MAX)
+}
+
 /// What the device told out of turn.
 #[derive(Default)]
 struct Trouble {
     lost: Option<String>,
-    errors: Vec<String>,
+    errors: Vec<Error>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,7 +89,11 @@ impl Gpu {
             .device
             .on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
                 tracing::error!("{error}");
-                lock(&trouble).errors.push(error.to_string());
+                let message = error.to_string();
+                lock(&trouble).errors.push(match error {
+                    wgpu::Error::OutOfMemory { .. } => Error::OutOfMemory(message),
+                    _ => Error::Device(message),
+                });
             }));
         tracing::info!(adapter = info.name, driver = info.driver_info, "device");
         Ok(gpu)
@@ -170,8 +184,9 @@ impl Gpu {
                 source: wgpu::ShaderSource::Wgsl(text.into()),
             };
             // SAFETY: the text is one of this crate's own kernels. Every kernel bounds its loops by its
-            // parameters and guards each access by the tensor's extents, which `Problem::new` and the
-            // host side of the ops have checked against the buffers; canary tests cover every variant.
+            // parameters and guards each access by the tensors' extents or by clamping what it reads;
+            // `Problem::new` and the ops have checked those extents against the buffers. Canary and
+            // poison tests cover every variant. (`Recorder::dispatch` stays inside the crate.)
             let module = unsafe {
                 inner.device.create_shader_module_trusted(
                     descriptor,
@@ -206,7 +221,7 @@ impl Gpu {
     }
 
     /// Runs `make` and turns what the device says of it into an [`Error`].
-    fn checked<T>(&self, what: &str, make: impl FnOnce() -> T) -> Result<T> {
+    pub(crate) fn checked<T>(&self, what: &str, make: impl FnOnce() -> T) -> Result<T> {
         let device = &self.0.device;
         let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
@@ -236,7 +251,7 @@ impl Gpu {
             return Err(Error::DeviceLost(message.clone()));
         }
         match std::mem::take(&mut trouble.errors).into_iter().next() {
-            Some(message) => Err(Error::Device(message)),
+            Some(error) => Err(error),
             None => Ok(()),
         }
     }
@@ -248,7 +263,10 @@ impl Gpu {
         usage: wgpu::BufferUsages,
         contents: Option<&mut dyn FnMut(&mut wgpu::BufferViewMut)>,
     ) -> Result<wgpu::Buffer> {
-        let size = bytes.next_multiple_of(16).max(16);
+        let size = bytes
+            .checked_next_multiple_of(16)
+            .unwrap_or(u64::MAX)
+            .max(16);
         if size > self.caps().max_buffer {
             return Err(Error::OutOfMemory(format!(
                 "{label}: {size} bytes in one buffer; this device allows {}",
@@ -288,13 +306,13 @@ impl Gpu {
 
     /// A tensor of zeros.
     pub fn empty(&self, label: &str, dtype: DType, shape: &[u32]) -> Result<Tensor> {
-        let bytes = shape.iter().map(|&n| n as u64).product::<u64>() * dtype.size();
+        let bytes = bytes_of(dtype, shape);
         Ok(self.tensor(self.buffer(label, bytes, TENSOR, None)?, dtype, shape))
     }
 
     /// A tensor with those elements, `bytes` of them in the tensor's type.
     pub fn upload(&self, label: &str, dtype: DType, shape: &[u32], bytes: &[u8]) -> Result<Tensor> {
-        let need = shape.iter().map(|&n| n as u64).product::<u64>() * dtype.size();
+        let need = bytes_of(dtype, shape);
         if bytes.len() as u64 != need {
             return Err(Error::refused(
                 label,

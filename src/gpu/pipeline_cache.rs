@@ -6,6 +6,8 @@ use std::path::PathBuf;
 pub(super) struct DiskCache {
     cache: wgpu::PipelineCache,
     path: PathBuf,
+    /// Bytes of what was read; none where the file was damaged or absent.
+    read: usize,
 }
 
 impl DiskCache {
@@ -20,6 +22,7 @@ impl DiskCache {
         let data = std::fs::read(&path).ok().and_then(unseal);
         // SAFETY: the data comes from `PipelineCache::get_data` of an adapter with the same key, and
         // `unseal` has checked that it is whole; `fallback` lets the driver ignore what it cannot use.
+        let read = data.as_ref().map_or(0, Vec::len);
         let cache = unsafe {
             device.create_pipeline_cache(&wgpu::PipelineCacheDescriptor {
                 label: Some("qkv"),
@@ -27,7 +30,7 @@ impl DiskCache {
                 fallback: true,
             })
         };
-        Some(DiskCache { cache, path })
+        Some(DiskCache { cache, path, read })
     }
 
     pub fn handle(&self) -> &wgpu::PipelineCache {
@@ -40,10 +43,10 @@ impl DiskCache {
         let Some(data) = self.cache.get_data() else {
             return;
         };
-        let sealed = seal(&data);
-        if std::fs::metadata(&self.path).is_ok_and(|file| file.len() == sealed.len() as u64) {
+        if data.len() == self.read {
             return;
         }
+        let sealed = seal(&data);
         let part = self
             .path
             .with_extension(format!("{}.part", std::process::id()));

@@ -42,7 +42,7 @@ impl<'g> Recorder<'g> {
 
     /// One launch: binding 0 is `params`, the tensors follow in order. `groups` workgroups are folded
     /// over the grid's dimensions; a kernel finds its own number with `workgroup_index`.
-    pub fn dispatch<P: bytemuck::Pod>(
+    pub(crate) fn dispatch<P: bytemuck::Pod>(
         &mut self,
         shader: &Shader,
         params: P,
@@ -101,41 +101,43 @@ impl<'g> Recorder<'g> {
         self.params
             .resize(self.params.len().next_multiple_of(16).max(16), 0);
         let params = self.gpu.upload_uniform(&self.params)?;
-        let device = self.gpu.device();
-        let steps = self
-            .commands
-            .into_iter()
-            .map(|command| match command {
-                Command::Copy(from, to, at) => Step::Copy(from, to, at),
-                Command::Dispatch(dispatch) => {
-                    let mut entries = vec![wgpu::BindGroupEntry {
-                        binding: 0,
-                        resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                            buffer: params.buffer(),
-                            offset: dispatch.params_at,
-                            size: wgpu::BufferSize::new(dispatch.params_len),
-                        }),
-                    }];
-                    entries.extend(dispatch.bindings.iter().enumerate().map(|(ix, tensor)| {
-                        wgpu::BindGroupEntry {
-                            binding: ix as u32 + 1,
-                            resource: tensor.buffer().as_entire_binding(),
+        let (gpu, device) = (self.gpu, self.gpu.device());
+        let commands = self.commands.into_iter();
+        let make = || {
+            commands
+                .map(|command| match command {
+                    Command::Copy(from, to, at) => Step::Copy(from, to, at),
+                    Command::Dispatch(dispatch) => {
+                        let mut entries = vec![wgpu::BindGroupEntry {
+                            binding: 0,
+                            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                                buffer: params.buffer(),
+                                offset: dispatch.params_at,
+                                size: wgpu::BufferSize::new(dispatch.params_len),
+                            }),
+                        }];
+                        entries.extend(dispatch.bindings.iter().enumerate().map(|(ix, tensor)| {
+                            wgpu::BindGroupEntry {
+                                binding: ix as u32 + 1,
+                                resource: tensor.buffer().as_entire_binding(),
+                            }
+                        }));
+                        let bind_group = device.create_bind_group(&wgpu::BindGroupDescriptor {
+                            label: Some(dispatch.kernel),
+                            layout: &dispatch.pipeline.get_bind_group_layout(0),
+                            entries: &entries,
+                        });
+                        gpu.count_bind_group();
+                        Step::Dispatch {
+                            pipeline: dispatch.pipeline,
+                            bind_group,
+                            groups: dispatch.groups,
                         }
-                    }));
-                    let bind_group = device.create_bind_group(&wgpu::BindGroupDescriptor {
-                        label: Some(dispatch.kernel),
-                        layout: &dispatch.pipeline.get_bind_group_layout(0),
-                        entries: &entries,
-                    });
-                    self.gpu.count_bind_group();
-                    Step::Dispatch {
-                        pipeline: dispatch.pipeline,
-                        bind_group,
-                        groups: dispatch.groups,
                     }
-                }
-            })
-            .collect();
+                })
+                .collect()
+        };
+        let steps = gpu.checked("bind groups", make)?;
         Ok(Recording {
             steps,
             _params: params,

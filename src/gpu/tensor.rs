@@ -53,10 +53,8 @@ impl Drop for Storage {
 #[derive(Clone, Debug)]
 pub struct Tensor {
     pub(crate) storage: Arc<Storage>,
-    /// Element type.
-    pub dtype: DType,
-    /// Extents, outermost first.
-    pub shape: Vec<u32>,
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<u32>,
 }
 
 impl Tensor {
@@ -70,7 +68,24 @@ impl Tensor {
             dtype,
             shape: shape.to_vec(),
         };
-        let (need, have) = (tensor.len() * dtype.size(), tensor.buffer().size());
+        if !tensor
+            .buffer()
+            .usage()
+            .contains(wgpu::BufferUsages::STORAGE)
+        {
+            return Err(crate::Error::refused(
+                "buffer",
+                format_args!("{:?}", tensor.buffer().usage()),
+                "a buffer of STORAGE usage",
+            ));
+        }
+        let have = tensor.buffer().size();
+        let elements = shape
+            .iter()
+            .try_fold(1u64, |n, &extent| n.checked_mul(extent as u64));
+        let need = elements
+            .and_then(|n| n.checked_mul(dtype.size()))
+            .unwrap_or(u64::MAX);
         if need > have {
             return Err(crate::Error::refused(
                 "buffer",
@@ -79,6 +94,16 @@ impl Tensor {
             ));
         }
         Ok(tensor)
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Extents, outermost first.
+    pub fn shape(&self) -> &[u32] {
+        &self.shape
     }
 
     /// The number of elements.

@@ -95,7 +95,9 @@ impl Loader<'_> {
         let (source_vocab, target_vocab) = (spec.source_vocab, spec.target_vocab);
 
         let all_shared = spec.shared_embeddings && spec.tied_logits;
-        let own = |weights: &Weights, name| match all_shared || !weights.has(name) {
+        // Where source and target are said to be shared, exports may still have one each.
+        let fall_back = |weights: &Weights, name| spec.shared_embeddings && !weights.has(name);
+        let own = |weights: &Weights, name| match all_shared || fall_back(weights, name) {
             true => names.shared_embedding,
             false => name,
         };
@@ -106,7 +108,7 @@ impl Loader<'_> {
             true => source_table.clone(),
             false => self.table(target_name, target_vocab)?,
         };
-        let logits_table = match spec.tied_logits || !self.weights.has(names.logits) {
+        let logits_table = match spec.tied_logits {
             true => target_table.clone(),
             false => self.table(names.logits, target_vocab)?,
         };

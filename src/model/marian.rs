@@ -56,7 +56,7 @@ pub(super) fn spec(path: &Path, json: &serde_json::Value) -> Result<Spec> {
             return Err(Error::refused(
                 format!("activation_function in {}", path.display()),
                 other,
-                "relu, gelu, gelu_new, gelu_pytorch_tanh, swish and silu are known",
+                "relu, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, swish and silu are known",
             ));
         }
     };

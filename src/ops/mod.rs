@@ -41,6 +41,19 @@ fn check_u32(what: &str, elements: u64) -> Result<u32> {
     })
 }
 
+/// An error for a tensor that does not hold what a kernel will read or write of it.
+fn holds(what: &str, tensor: &Tensor, dtype: DType, elements: u64) -> Result<()> {
+    if tensor.dtype == dtype && tensor.len() >= elements {
+        return Ok(());
+    }
+    let is = format!("{:?} {:?}", tensor.dtype, tensor.shape);
+    Err(Error::refused(
+        what,
+        is,
+        format!("{dtype:?}, {elements} elements"),
+    ))
+}
+
 /// A dense layer's weights, `Y = X W + bias`, W stored `[K, N]` with rows padded to whole fours.
 #[derive(Clone, Debug)]
 pub struct Linear {
@@ -75,8 +88,29 @@ pub fn matmul(
     let (k, stride) = (linear.weight.shape[0], linear.weight.shape[1]);
     let m = check_u32("a matrix product's rows", x.len() / k as u64)?;
     check_u32("a matrix product's result", m as u64 * linear.n as u64)?;
-    debug_assert_eq!(x.len(), m as u64 * k as u64);
-    debug_assert_eq!(y.len(), m as u64 * linear.n as u64);
+    let results = m as u64 * linear.n as u64;
+    holds(
+        "the rows of a matrix product",
+        x,
+        x.dtype,
+        m as u64 * k as u64,
+    )?;
+    holds("a matrix product's result", y, y.dtype, results)?;
+    if linear.n > stride || !stride.is_multiple_of(4) {
+        let bound = format!("whole fours, {} at least", linear.n);
+        return Err(Error::refused("a matrix's columns", stride, bound));
+    }
+    if let Some(bias) = &linear.bias {
+        holds(
+            "a bias",
+            bias,
+            DType::F32,
+            linear.n.next_multiple_of(4) as u64,
+        )?;
+    }
+    if let Some(residual) = epilogue.residual {
+        holds("a residual", residual, x.dtype, results)?;
+    }
     let rows = match m {
         0..MANY_ROWS => m.next_power_of_two(),
         MANY_ROWS..32 => 4,
@@ -121,6 +155,9 @@ pub struct Norm {
 pub fn norm(recorder: &mut Recorder, x: &Tensor, norm: &Norm, y: &Tensor) -> Result<()> {
     let width = norm.gamma.shape[0];
     let rows = check_u32("a norm's input", x.len())? / width;
+    holds("a norm's result", y, x.dtype, x.len())?;
+    holds("a norm's gamma", &norm.gamma, DType::F32, width as u64)?;
+    holds("a norm's beta", &norm.beta, DType::F32, width as u64)?;
     let shader = Shader::new("norm")
         .with("F16", x.dtype == DType::F16)
         .with("T", x.dtype.wgsl());
@@ -187,6 +224,7 @@ pub fn embed(
     let row_len = match places {
         Places::Sequence(len) => len,
         Places::Lengths(lengths) => {
+            holds("lengths", lengths, DType::U32, ids.len())?;
             bindings.push(lengths);
             1
         }
@@ -202,6 +240,18 @@ pub fn embed(
         row_len,
     };
     let elements = check_u32("a batch's embeddings", ids.len() * width as u64)? as u64;
+    holds("a batch's embeddings", x, x.dtype, elements)?;
+    holds("ids", ids, DType::U32, ids.len())?;
+    holds(
+        "positions",
+        &embedding.positions,
+        DType::F32,
+        width as u64 * embedding.positions.shape[0] as u64,
+    )?;
+    if embedding.vocab == 0 || embedding.vocab > params.vocab_stride {
+        let bound = format!("1 to {}", params.vocab_stride);
+        return Err(Error::refused("a vocabulary", embedding.vocab, bound));
+    }
     recorder.dispatch(&shader, params, &bindings, elements.div_ceil(THREADS))
 }
 
@@ -216,9 +266,23 @@ pub fn append(
     v_cache: &Tensor,
 ) -> Result<()> {
     let &[rows, kv_heads, capacity, head_dim] = k_cache.shape.as_slice() else {
-        unreachable!("caches have four extents");
+        return Err(Error::refused(
+            "a cache",
+            format_args!("{:?}", k_cache.shape),
+            "four extents",
+        ));
     };
     let width = kv_heads * head_dim;
+    holds("the keys' cache", k_cache, qkv.dtype, k_cache.len())?;
+    holds("the values' cache", v_cache, qkv.dtype, k_cache.len())?;
+    holds("lengths", lengths, DType::U32, rows as u64)?;
+    let columns = k_column as u64 + 2 * width as u64;
+    holds(
+        "a step's keys and values",
+        qkv,
+        qkv.dtype,
+        rows as u64 * columns,
+    )?;
     let shader = Shader::new("append")
         .with("F16", qkv.dtype == DType::F16)
         .with("T", qkv.dtype.wgsl());
@@ -247,6 +311,8 @@ pub fn reorder(
     beams: u32,
 ) -> Result<()> {
     let (sources, capacity) = (rows.shape[0] / beams, rows.shape[1]);
+    holds("parents", parents, DType::U32, rows.shape[0] as u64)?;
+    holds("lengths", lengths, DType::U32, rows.shape[0] as u64)?;
     let shader = Shader::new("reorder").with("BEAMS", beams);
     let groups = (sources as u64 * capacity as u64).div_ceil(THREADS);
     recorder.dispatch(
@@ -269,12 +335,32 @@ pub struct Choice<'a> {
     pub chosen: &'a Tensor,
     /// Set to the best token. u32 `[R]`
     pub ids: &'a Tensor,
+    /// Log-probabilities are over the allowed tokens, not over all.
+    pub renormalize: bool,
 }
 
 /// The most likely tokens of each row.
 pub fn choose(recorder: &mut Recorder, choice: Choice) -> Result<()> {
     let (rows, vocab) = (choice.logits.shape[0], choice.logits.shape[1]);
-    let shader = Shader::new("choose").with("CANDIDATES", choice.chosen.shape[1]);
+    let words = vocab.div_ceil(32) as u64;
+    holds(
+        "logits",
+        choice.logits,
+        DType::F32,
+        rows as u64 * vocab as u64,
+    )?;
+    holds("allowed tokens", choice.allowed, DType::U32, 2 * words)?;
+    holds("lengths", choice.lengths, DType::U32, rows as u64)?;
+    holds("ids", choice.ids, DType::U32, rows as u64)?;
+    holds(
+        "chosen tokens",
+        choice.chosen,
+        DType::U32,
+        2 * rows as u64 * choice.chosen.shape[1] as u64,
+    )?;
+    let shader = Shader::new("choose")
+        .with("CANDIDATES", choice.chosen.shape[1])
+        .with("RENORMALIZE", choice.renormalize);
     let params = [rows, vocab, choice.allowed.shape[1], 0];
     let bindings = [
         choice.logits,
