@@ -1,43 +1,29 @@
-// decode: O = softmax(scale * Q K^T) V for a few query rows, one part of the key axis a workgroup.
+// decode: O = softmax(score(Q K^T)) V for a few query rows, one part of the key axis a workgroup.
 //
-//   rows: the G = H / Hk query heads of one KV head times the Q queries, ROWS of them a workgroup, so
-//   that K and V are read once for all of them
 //   m, l, O = NEVER, 0, 0
-//   for each 64 keys of this part:
-//     thread = key:            s[r] = scale * q[r] . k
+//   for each 256 keys of this part:
+//     thread = 4 keys:         s[r] = score(q[r] . k)
 //     all:                     m' = max(m, max s); P = exp2(s - m')
 //     thread = (4 columns, slice of the keys):  O[r] = O[r] * a + sum over its keys of P[r] V
 //   add the slices up; O / l, or (O, m, l) for `merge` where the key axis has several parts
 //
-// Tricks: two barriers for 64 keys, since scores and weights lie in arrays of their own; every thread
+// Tricks: two barriers for 256 keys, since maxima and weights lie in arrays of their own; every thread
 // finds the maximum for itself by broadcast reads, which costs less than a tree of barriers.
 {% if F16 %}
 enable f16;
 {% endif %}
-{% set TQ = "vec4<" ~ Q_TYPE ~ ">" if VEC == 4 else Q_TYPE %}
-{% set TK = "vec4<" ~ KV_TYPE ~ ">" if VEC == 4 else KV_TYPE %}
-{% set TO = "vec4<" ~ O_TYPE ~ ">" if VEC == 4 else O_TYPE %}
-{% set result = [["parts", "read_write", "f32"]] if SPLIT else [["o", "read_write", TO]] %}
-{% set buffers = [["q", "read", TQ], ["k", "read", TK], ["v", "read", TK]] + result %}
-{% include "shared/problem.wgsl" %}
-{% include "shared/score.wgsl" %}
-{% from "shared/rows.wgsl" import row_loader, row_writer %}
-{{ row_loader("q", "head_dim", VEC) }}
-{{ row_loader("k", "head_dim", VEC) }}
-{{ row_loader("v", "value_dim", VEC) }}
-{% if not SPLIT %}
-{{ row_writer("o", O_TYPE, "value_dim", VEC) }}
-{% endif %}
+{% include "shared/decode.wgsl" %}
+{% set CAREFUL = FEW_SEE or HAS_BIAS or HAS_SCORE_MOD or HAS_MASK or HAS_MASK_MOD %}
 
 const ROWS = {{ ROWS }}u;
-const KEYS = 64u;               // keys a step, and threads
+const STEP = 256u;              // keys a step, four a thread
 const QUADS = {{ QUADS }}u;     // vec4s in a row of Q
 const COLUMNS = {{ COLUMNS }}u; // vec4 columns of V that are summed at once
 const SLICES = {{ SLICES }}u;   // slices of the keys, COLUMNS threads each
 
 var<workgroup> wg_q: array<vec4<f32>, {{ ROWS * QUADS }}>;
-var<workgroup> wg_s: array<f32, {{ ROWS * 64 }}>;         // scores, 64 a row
-var<workgroup> wg_p: array<f32, {{ ROWS * 64 }}>;         // weights, 64 a row
+var<workgroup> wg_m: array<f32, {{ ROWS * 64 }}>;         // each thread's maximum, 64 a row
+var<workgroup> wg_p: array<f32, {{ ROWS * 256 }}>;        // weights, 256 a row
 var<workgroup> wg_o: array<vec4<f32>, 64>;
 
 @compute @workgroup_size(64)
@@ -46,29 +32,17 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let per_head = P.heads / P.kv_heads;
-    let rows_all = per_head * P.q_len;
-    let blocks = (rows_all + ROWS - 1u) / ROWS;
-    let index = workgroup_index(group, groups);
-    if (index >= P.batch * P.kv_heads * blocks * P.splits) { return; }
-    let split = index % P.splits;
-    let first = (index / P.splits % blocks) * ROWS;
-    let kh = index / (P.splits * blocks) % P.kv_heads;
-    let b = index / (P.splits * blocks * P.kv_heads);
-    let kb = kv_row(b);
-    let length = kv_length(kb);
-    let from_key = split * P.split_len;
-    let to_key = min(from_key + P.split_len, length);
+    let index = P.block_from + workgroup_index(group, groups);
+    if (index >= P.count) { return; }
+    let work = work_of(index);
+    if (work.rows == 0u) { return; }
 
 {% for r in range(ROWS) %}
-    // Row {{ r }}: query i of head h; rows past the last repeat it and are not written.
-    let row_{{ r }} = min(first + {{ r }}u, rows_all - 1u);
-    let h_{{ r }} = kh * per_head + row_{{ r }} / P.q_len;
-    let i_{{ r }} = row_{{ r }} % P.q_len;
-    let end_{{ r }} = key_end(i_{{ r }}, length);
-    let q_row_{{ r }} = P.q_at.x + b * P.q_at.y + h_{{ r }} * P.q_at.z + i_{{ r }} * P.q_at.w;
+    let row_{{ r }} = row_of(work, {{ r }}u);
+    let position_{{ r }} = work.start + i32(row_{{ r }}.y);
+    let keys_{{ r }} = keys_of(work.b, position_{{ r }}, work.length);
     for (var n = thread; n < QUADS; n += 64u) {
-        wg_q[{{ r }}u * QUADS + n] = load_q(q_row_{{ r }}, n * 4u) * (P.scale * LOG2_E);
+        wg_q[{{ r }}u * QUADS + n] = load_q(query_at(P.q_at, work.b, row_{{ r }}.x, row_{{ r }}.y), n * 4u);
     }
     var m_{{ r }} = NEVER;
     var l_{{ r }} = 0.0;
@@ -81,88 +55,85 @@ fn main(
     let column = thread % COLUMNS;
     let slice = thread / COLUMNS;
 
-    for (var j_from = from_key; j_from < to_key; j_from += KEYS) {
-        let j = j_from + thread;
+    for (var j_from = work.from_key; j_from < work.to_key; j_from += STEP) {
 {% for r in range(ROWS) %}
-        var s_{{ r }} = 0.0;
+        var s_{{ r }} = vec4<f32>();
 {% endfor %}
-        if (j < to_key) {
-            let at = key_at(P.k_at, kb, kh, j);
-            for (var n = 0u; n < QUADS; n += 1u) {
-                let x = load_k(at, n * 4u);
+{% for e in range(4) %}
+        {
+            let j = j_from + thread + {{ 64 * e }}u;
+            if (j < work.to_key) {
+                let at = key_at(P.k_at, work.kb, work.kh, j);
+                for (var n = 0u; n < QUADS; n += 1u) {
+                    let x = load_k(at, n * 4u);
 {% for r in range(ROWS) %}
-                s_{{ r }} += dot(wg_q[{{ r }}u * QUADS + n], x);
+                    s_{{ r }}[{{ e }}] += dot(wg_q[{{ r }}u * QUADS + n], x);
 {% endfor %}
+                }
             }
-        }
 {% for r in range(ROWS) %}
-        let seen_{{ r }} = j < min(to_key, end_{{ r }});
-        s_{{ r }} = select(NEVER, s_{{ r }}, seen_{{ r }});
-        wg_s[{{ r * 64 }}u + thread] = s_{{ r }};
+            // The keys of this part end at to_key, those of the row perhaps later.
+            s_{{ r }}[{{ e }}] = select(NEVER, score(s_{{ r }}[{{ e }}], keys_{{ r }}, work.b, row_{{ r }}.x, row_{{ r }}.y, j, position_{{ r }}), j < work.to_key);
+{% endfor %}
+        }
+{% endfor %}
+{% for r in range(ROWS) %}
+        wg_m[{{ r * 64 }}u + thread] = max(max(s_{{ r }}.x, s_{{ r }}.y), max(s_{{ r }}.z, s_{{ r }}.w));
 {% endfor %}
         workgroupBarrier();
 {% for r in range(ROWS) %}
         var new_{{ r }} = m_{{ r }};
-        for (var n = 0u; n < KEYS; n += 1u) { new_{{ r }} = max(new_{{ r }}, wg_s[{{ r * 64 }}u + n]); }
+        for (var n = 0u; n < 64u; n += 1u) { new_{{ r }} = max(new_{{ r }}, wg_m[{{ r * 64 }}u + n]); }
         let shrink_{{ r }} = exp2(m_{{ r }} - new_{{ r }});
         m_{{ r }} = new_{{ r }};
-        let p_{{ r }} = select(0.0, exp2(s_{{ r }} - new_{{ r }}), seen_{{ r }});
-        l_{{ r }} = l_{{ r }} * shrink_{{ r }} + p_{{ r }};
-        wg_p[{{ r * 64 }}u + thread] = p_{{ r }};
+        let p_{{ r }} = select(exp2(s_{{ r }} - new_{{ r }}), vec4<f32>(), s_{{ r }} <= vec4<f32>(NEVER));
+        l_{{ r }} = l_{{ r }} * shrink_{{ r }} + p_{{ r }}.x + p_{{ r }}.y + p_{{ r }}.z + p_{{ r }}.w;
+{% for e in range(4) %}
+        wg_p[{{ r * 256 + 64 * e }}u + thread] = p_{{ r }}[{{ e }}];
+{% endfor %}
 {% for c in range(CHUNKS) %}
         o_{{ r }}_{{ c }} *= shrink_{{ r }};
 {% endfor %}
 {% endfor %}
         workgroupBarrier();
         if (slice < SLICES) {
-            let n_keys = min(KEYS, to_key - j_from);
+            let n_keys = min(STEP, work.to_key - j_from);
             for (var n = slice; n < n_keys; n += SLICES) {
-                let at = key_at(P.v_at, kb, kh, j_from + n);
+                let at = key_at(P.v_at, work.kb, work.kh, j_from + n);
 {% for c in range(CHUNKS) %}
                 let v_{{ c }} = load_v(at, (column + {{ c }}u * COLUMNS) * 4u);
 {% endfor %}
 {% for r in range(ROWS) %}
-                let w_{{ r }} = wg_p[{{ r * 64 }}u + n];
+                let w_{{ r }} = wg_p[{{ r * 256 }}u + n];
 {% for c in range(CHUNKS) %}
+{% if CAREFUL %}
+                o_{{ r }}_{{ c }} += select(w_{{ r }} * v_{{ c }}, vec4<f32>(), w_{{ r }} == 0.0);
+{% else %}
                 o_{{ r }}_{{ c }} += w_{{ r }} * v_{{ c }};
+{% endif %}
 {% endfor %}
 {% endfor %}
             }
         }
+        workgroupBarrier();
     }
 
 {% for r in range(ROWS) %}
     // Row {{ r }}: the sum of the threads' parts of l, then of the slices' parts of O.
     workgroupBarrier();
-    wg_p[thread] = l_{{ r }};
+    wg_m[thread] = l_{{ r }};
     workgroupBarrier();
     l_{{ r }} = 0.0;
-    for (var n = 0u; n < 64u; n += 1u) { l_{{ r }} += wg_p[n]; }
-{% if SPLIT %}
-    let out_{{ r }} = (((b * P.heads + h_{{ r }}) * P.q_len + i_{{ r }}) * P.splits + split) * (P.value_dim + 2u);
-    if (thread == 0u && first + {{ r }}u < rows_all) {
-        parts[out_{{ r }} + P.value_dim] = m_{{ r }};
-        parts[out_{{ r }} + P.value_dim + 1u] = l_{{ r }};
-    }
-{% else %}
-    let out_{{ r }} = P.o_at.x + b * P.o_at.y + h_{{ r }} * P.o_at.z + i_{{ r }} * P.o_at.w;
-    let over_{{ r }} = select(0.0, 1.0 / max(l_{{ r }}, 1.0e-30), l_{{ r }} > 0.0);
-{% endif %}
+    for (var n = 0u; n < 64u; n += 1u) { l_{{ r }} += wg_m[n]; }
+    let over_{{ r }} = finish_row(work, {{ r }}u, m_{{ r }}, l_{{ r }}, thread);
 {% for c in range(CHUNKS) %}
     workgroupBarrier();
     wg_o[thread] = o_{{ r }}_{{ c }};
     workgroupBarrier();
-    if (thread < COLUMNS && first + {{ r }}u < rows_all) {
+    if (thread < COLUMNS) {
         var sum = vec4<f32>();
         for (var n = 0u; n < SLICES; n += 1u) { sum += wg_o[n * COLUMNS + thread]; }
-        let d = (thread + {{ c }}u * COLUMNS) * 4u;
-{% if SPLIT %}
-{% for e in range(4) %}
-        if (d + {{ e }}u < P.value_dim) { parts[out_{{ r }} + d + {{ e }}u] = sum[{{ e }}]; }
-{% endfor %}
-{% else %}
-        store_o(out_{{ r }}, d, sum * over_{{ r }});
-{% endif %}
+        write_row(work, {{ r }}u, (thread + {{ c }}u * COLUMNS) * 4u, sum * over_{{ r }});
     }
 {% endfor %}
 {% endfor %}

@@ -1,32 +1,41 @@
-// prefill: O = softmax(scale * Q K^T) V for many query rows, with no [Q, K] matrix.
+// prefill: O = softmax(score(Q K^T)) V for many query rows, with no [Q, K] matrix.
 //
-//   one workgroup: 32 query rows of one head, one block of at most 128 value columns, 8 threads a row
+//   one workgroup: 32 of the rows of one KV head, one block of at most 128 value columns, 8 threads a row;
+//   the rows are the queries of the G = H / Hk heads of the group, one head after the other
 //   m, l, O = NEVER, 0, 0                    a thread: ROWS rows; O has ROWS rows x 4 columns a chunk
-//   for each tile of 32 keys up to the last that a row of the block sees:
+//   for each tile of 32 keys from the first to the last that a row of the block sees:
 //     for each 32 columns of D: stage Q and K; S += Q K^T            a thread: ROWS rows x 4 keys
-//     mask; m' = max(m, rowmax S); P = exp2(S - m'); l = l * a + P; O = O * a, a = exp2(m - m')
+//     score; if rowmax S > m + 8: m' = rowmax S; l, O = l * a, O * a, a = exp2(m - m')
+//     P = exp2(S - m); l += P
 //     for each 32 columns of V: stage V; O += P V
 //   O / l; a row that sees no key is zeros
 //
 // Tricks: operands lie in workgroup memory as vec4 along D, so that few loads feed many multiply-adds; the
-// stride of 9 vec4 keeps rows on different banks; l stays a partial sum in each thread to the end.
+// stride of 9 vec4 keeps rows on different banks; l stays a partial sum in each thread to the end; O is
+// rescaled only where the maximum grows by more than 8, each row for itself, so that no row's result
+// depends on its neighbours. With subgroups the row's maximum comes by shuffles among its 8 lanes.
 // Value dims past 128 take more workgroups, each of which makes S anew: registers stay bounded. Four rows
 // a thread feed 64 multiply-adds with 8 loads, two rows 32 with 6; but four rows of more than 32 value
 // columns spill on Intel DG2 (SIMD8, 118 spills at 128 columns), so only the narrowest heads have four.
 {% if F16 %}
 enable f16;
 {% endif %}
-{% set TQ = "vec4<" ~ Q_TYPE ~ ">" if VEC == 4 else Q_TYPE %}
-{% set TK = "vec4<" ~ KV_TYPE ~ ">" if VEC == 4 else KV_TYPE %}
-{% set TO = "vec4<" ~ O_TYPE ~ ">" if VEC == 4 else O_TYPE %}
-{% set buffers = [["q", "read", TQ], ["k", "read", TK], ["v", "read", TK], ["o", "read_write", TO]] %}
+{% if SUBGROUPS and BROWSER %}
+enable subgroups;
+{% endif %}
+{% from "shared/rows.wgsl" import element, out_element, row_loader, row_writer %}
+{% set lse = [["lse", "read_write", "f32"]] if HAS_LSE else [] %}
+{% set map = [["block_map", "read", "u32"]] if HAS_BLOCK_MAP else [] %}
+{% set buffers = [["q", "read", element(Q_TYPE, VEC)], ["k", "read", element(K_TYPE, VEC)], ["v", "read", element(V_TYPE, VEC)], ["o", "read_write", out_element(O_TYPE, VEC)]] + lse + map %}
 {% include "shared/problem.wgsl" %}
 {% include "shared/score.wgsl" %}
-{% from "shared/rows.wgsl" import row_loader, row_writer %}
-{{ row_loader("q", "head_dim", VEC) }}
-{{ row_loader("k", "head_dim", VEC) }}
-{{ row_loader("v", "value_dim", VEC) }}
+{{ row_loader("q", Q_TYPE, "head_dim", "x", VEC) }}
+{{ row_loader("k", K_TYPE, "head_dim", "y", VEC) }}
+{{ row_loader("v", V_TYPE, "value_dim", "z", VEC) }}
 {{ row_writer("o", O_TYPE, "value_dim", VEC) }}
+{% set LAW = HAS_SOFTCAP or HAS_BIAS or HAS_ALIBI or HAS_T5 or HAS_SCORE_MOD %}
+{% set BY_ELEMENT = HAS_MASK or HAS_MASK_MOD %}
+{% set EDGES = HAS_RIGHT or HAS_LEFT or HAS_PREFIX or HAS_BIAS or HAS_SCORE_MOD or BY_ELEMENT %}
 
 const ROWS = {{ ROWS }}u;       // rows of a thread
 const THREADS = {{ 8 * (32 // ROWS) }}u;
@@ -37,34 +46,71 @@ const V_BLOCK = {{ V_CHUNKS * 32 }}u;
 
 var<workgroup> wg_q: array<vec4<f32>, 288>;   // 32 rows; then P
 var<workgroup> wg_k: array<vec4<f32>, 288>;   // 32 keys; then V
-var<workgroup> wg_max: array<f32, 256>;       // 32 rows x 8 threads
+{% if not SUBGROUPS %}
+var<workgroup> wg_row: array<f32, 256>;       // 32 rows x 8 threads
+{% endif %}
+
+{% macro over_row(op, value, out, row) %}
+{# The maximum or sum over a row's 8 threads. #}
+{% if SUBGROUPS %}
+{% for step in [1, 2, 4] %}
+        {{ out }} = {{ "max(" ~ out ~ ", " if op == "max" else "(" ~ out ~ " + " }}subgroupShuffleXor({{ out }}, {{ step }}u));
+{% endfor %}
+{% else %}
+        for (var n = 0u; n < 8u; n += 1u) { {{ out }} = {{ "max(" ~ out ~ ", " if op == "max" else "(" ~ out ~ " + " }}wg_row[{{ row }} * 8u + n]); }
+{% endif %}
+{% endmacro %}
 
 @compute @workgroup_size({{ 8 * (32 // ROWS) }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
+{% if SUBGROUPS %}
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) lanes: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+{% else %}
     @builtin(local_invocation_index) thread: u32,
+{% endif %}
 ) {
-    let q_blocks = (P.q_len + BLOCK_Q - 1u) / BLOCK_Q;
+{% if SUBGROUPS %}
+    let thread = subgroup * lanes + lane;
+{% endif %}
     let v_blocks = (P.value_dim + V_BLOCK - 1u) / V_BLOCK;
-    let index = workgroup_index(group, groups);
-    if (index >= P.batch * P.heads * q_blocks * v_blocks) { return; }
+    let index = P.block_from + workgroup_index(group, groups);
+    if (index >= P.count) { return; }
     let v_from = (index % v_blocks) * V_BLOCK;
-    let q_from = (index / v_blocks % q_blocks) * BLOCK_Q;
-    let h = index / (v_blocks * q_blocks) % P.heads;
-    let b = index / (v_blocks * q_blocks * P.heads);
+    let per_kv = P.heads / P.kv_heads;
+    let block = block_at(index / v_blocks % P.blocks, BLOCK_Q, per_kv);
+    if (block.x >= P.batch) { return; }
+    let b = block.x;
+    let row_from = block.y;
+    let kh = P.kv_from + index / (v_blocks * P.blocks);
     let kb = kv_row(b);
-    let kh = h / (P.heads / P.kv_heads);
+    let queries = q_count(b);
+    let rows = queries * per_kv;
     let length = kv_length(kb);
-    let block_end = key_end(min(q_from + BLOCK_Q, P.q_len) - 1u, length);
+    let start = q_position(b, length);
+
+    // The keys that any row of the block sees: its queries run from i_low to i_high.
+    let row_last = min(row_from + BLOCK_Q, rows) - 1u;
+    let one_head = row_from / queries == row_last / queries;
+    let i_low = select(0u, row_from % queries, one_head);
+    let i_high = select(queries - 1u, row_last % queries, one_head);
+    let low = keys_of(b, start + i32(i_low), length);
+    let high = keys_of(b, start + i32(i_high), length);
+    let k_first = first_key(low) / BLOCK_K * BLOCK_K;
+    let k_last = last_key(high);
 
     let tx = thread % 8u;   // keys tx, tx + 8, ..; columns 4 tx .. 4 tx + 3 of a chunk of V
     let ty = thread / 8u;   // rows ROWS ty .. ROWS ty + ROWS - 1
-    let q_base = P.q_at.x + b * P.q_at.y + h * P.q_at.z;
 
 {% for i in range(ROWS) %}
-    let row_{{ i }} = q_from + ty * ROWS + {{ i }}u;
-    let end_{{ i }} = select(0u, key_end(row_{{ i }}, length), row_{{ i }} < P.q_len);
+    let row_{{ i }} = row_from + ty * ROWS + {{ i }}u;
+    let h_{{ i }} = kh * per_kv + min(row_{{ i }}, rows - 1u) / queries;
+    let i_{{ i }} = min(row_{{ i }}, rows - 1u) % queries;
+    let position_{{ i }} = start + i32(i_{{ i }});
+    let keys_{{ i }} = keys_of(b, position_{{ i }}, length);
     var m_{{ i }} = NEVER;
     var l_{{ i }} = 0.0;
 {% for c in range(V_CHUNKS) %}
@@ -72,7 +118,11 @@ fn main(
 {% endfor %}
 {% endfor %}
 
-    for (var k_from = 0u; k_from < block_end; k_from += BLOCK_K) {
+    for (var k_from = k_first; k_from < k_last; k_from += BLOCK_K) {
+{% if HAS_BLOCK_MAP %}
+        // Tiles that the mask empties for every row are skipped.
+        if (block_map[(index / v_blocks) * P.k_blocks + k_from / BLOCK_K] == 0u) { continue; }
+{% endif %}
 {% for i in range(ROWS) %}
         var s_{{ i }} = vec4<f32>();
 {% endfor %}
@@ -80,9 +130,9 @@ fn main(
             for (var n = thread; n < 256u; n += THREADS) {
                 let row = n / 8u;
                 let column = n % 8u;
-                let i = min(q_from + row, P.q_len - 1u);
-                wg_q[row * STRIDE + column] = load_q(q_base + i * P.q_at.w, d + column * 4u);
-                let j = min(k_from + row, block_end - 1u);
+                let r = min(row_from + row, rows - 1u);
+                wg_q[row * STRIDE + column] = load_q(query_at(P.q_at, b, kh * per_kv + r / queries, r % queries), d + column * 4u);
+                let j = min(k_from + row, k_last - 1u);
                 wg_k[row * STRIDE + column] = load_k(key_at(P.k_at, kb, kh, j), d + column * 4u);
             }
             workgroupBarrier();
@@ -100,39 +150,56 @@ fn main(
             workgroupBarrier();
         }
 
-        let keys = vec4<u32>(k_from + tx) + vec4<u32>(0u, 8u, 16u, 24u);
 {% for i in range(ROWS) %}
-        let seen_{{ i }} = keys < vec4<u32>(end_{{ i }});
-        s_{{ i }} = select(vec4<f32>(NEVER), s_{{ i }} * (P.scale * LOG2_E), seen_{{ i }});
-        wg_max[(ty * ROWS + {{ i }}u) * 8u + tx] = max(max(s_{{ i }}.x, s_{{ i }}.y), max(s_{{ i }}.z, s_{{ i }}.w));
+{% for j in range(4) %}
+        s_{{ i }}[{{ j }}] = score(s_{{ i }}[{{ j }}], keys_{{ i }}, b, h_{{ i }}, i_{{ i }}, k_from + tx + {{ 8 * j }}u, position_{{ i }});
 {% endfor %}
+        var top_{{ i }} = max(max(s_{{ i }}.x, s_{{ i }}.y), max(s_{{ i }}.z, s_{{ i }}.w));
+{% if not SUBGROUPS %}
+        wg_row[(ty * ROWS + {{ i }}u) * 8u + tx] = top_{{ i }};
+{% endif %}
+{% endfor %}
+{% if not SUBGROUPS %}
         workgroupBarrier();
+{% endif %}
 {% for i in range(ROWS) %}
-        {
-            var top = m_{{ i }};
-            for (var n = 0u; n < 8u; n += 1u) { top = max(top, wg_max[(ty * ROWS + {{ i }}u) * 8u + n]); }
-            let shrink = exp2(m_{{ i }} - top);
-            let p = select(vec4<f32>(), exp2(s_{{ i }} - top), seen_{{ i }});
-            m_{{ i }} = top;
-            l_{{ i }} = l_{{ i }} * shrink + (p.x + p.y + p.z + p.w);
+{{ over_row("max", "", "top_" ~ i, "(ty * ROWS + " ~ i ~ "u)") }}
+        if (top_{{ i }} > m_{{ i }} + 8.0) {
+            let shrink = exp2(m_{{ i }} - top_{{ i }});
+            m_{{ i }} = top_{{ i }};
+            l_{{ i }} *= shrink;
 {% for c in range(V_CHUNKS) %}
             o_{{ i }}_{{ c }} *= shrink;
 {% endfor %}
+        }
+        {
+            let p = select(exp2(s_{{ i }} - m_{{ i }}), vec4<f32>(), s_{{ i }} <= vec4<f32>(NEVER));
+            l_{{ i }} += p.x + p.y + p.z + p.w;
             // P lies in wg_q with key tx + 8 n at column tx, component n: V is staged in that order.
             wg_q[(ty * ROWS + {{ i }}u) * STRIDE + tx] = p;
         }
 {% endfor %}
 
+{% if EDGES %}
+        // Where some row does not see some key of the tile, what lies there must not reach it: 0 * NaN is NaN.
+{% if BY_ELEMENT or HAS_BIAS or HAS_SCORE_MOD %}
+        let edge = true;
+{% else %}
+        let edge = k_from < low.begin{% if HAS_LEFT %} || k_from < high.begin{% endif %} || k_from + BLOCK_K > low.end;
+{% endif %}
+{% endif %}
 {% for c in range(V_CHUNKS) %}
         for (var n = thread; n < 256u; n += THREADS) {
             let row = n / 8u;
             let column = n % 8u;
             let j = k_from + row;
             var x = vec4<f32>();
-            if (j < block_end) { x = load_v(key_at(P.v_at, kb, kh, j), v_from + {{ c * 32 }}u + column * 4u); }
+            if (j < k_last) { x = load_v(key_at(P.v_at, kb, kh, j), v_from + {{ c * 32 }}u + column * 4u); }
             wg_k[row * STRIDE + column] = x;
         }
         workgroupBarrier();
+{% for careful in ([false, true] if EDGES else [false]) %}
+        {{ "if (!edge) " if EDGES and not careful }}{{ "else " if careful }}{
         for (var n = 0u; n < 8u; n += 1u) {
 {% for i in range(ROWS) %}
             let p_{{ i }} = wg_q[(ty * ROWS + {{ i }}u) * STRIDE + n];
@@ -141,26 +208,43 @@ fn main(
             let v_{{ j }} = wg_k[(n + {{ j * 8 }}u) * STRIDE + tx];
 {% endfor %}
 {% for i in range(ROWS) %}
+{% if careful %}
+{% for j in range(4) %}
+            o_{{ i }}_{{ c }} += select(p_{{ i }}[{{ j }}] * v_{{ j }}, vec4<f32>(), p_{{ i }}[{{ j }}] == 0.0);
+{% endfor %}
+{% else %}
             o_{{ i }}_{{ c }} += p_{{ i }}.x * v_0 + p_{{ i }}.y * v_1 + p_{{ i }}.z * v_2 + p_{{ i }}.w * v_3;
+{% endif %}
 {% endfor %}
         }
+        }
+{% endfor %}
         workgroupBarrier();
 {% endfor %}
     }
 
+{% if not SUBGROUPS %}
 {% for i in range(ROWS) %}
-    wg_max[(ty * ROWS + {{ i }}u) * 8u + tx] = l_{{ i }};
+    wg_row[(ty * ROWS + {{ i }}u) * 8u + tx] = l_{{ i }};
+    l_{{ i }} = 0.0;
 {% endfor %}
     workgroupBarrier();
+{% endif %}
 {% for i in range(ROWS) %}
-    if (row_{{ i }} < P.q_len) {
-        var sum = 0.0;
-        for (var n = 0u; n < 8u; n += 1u) { sum += wg_max[(ty * ROWS + {{ i }}u) * 8u + n]; }
-        let over = select(0.0, 1.0 / max(sum, 1.0e-30), sum > 0.0);
-        let at = P.o_at.x + b * P.o_at.y + h * P.o_at.z + row_{{ i }} * P.o_at.w;
+{{ over_row("sum", "", "l_" ~ i, "(ty * ROWS + " ~ i ~ "u)") }}
+    if (row_{{ i }} < rows) {
+        let sink = sink_of(h_{{ i }});
+        let top = max(m_{{ i }}, sink);
+        let shrink = exp2(m_{{ i }} - top);
+        let sum = l_{{ i }} * shrink + select(0.0, exp2(sink - top), sink > NEVER);
+        let over = select(0.0, shrink / max(sum, 1.0e-37), sum > 0.0);
+        let at = query_at(P.o_at, b, h_{{ i }}, i_{{ i }});
 {% for c in range(V_CHUNKS) %}
         store_o(at, v_from + {{ c * 32 }}u + tx * 4u, o_{{ i }}_{{ c }} * over);
 {% endfor %}
+{% if HAS_LSE %}
+        if (tx == 0u && v_from == 0u) { lse[P.lse_from + row_number(b, h_{{ i }}, i_{{ i }})] = lse_of(top, sum); }
+{% endif %}
     }
 {% endfor %}
 }

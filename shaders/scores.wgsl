@@ -1,19 +1,18 @@
-// scores: W[b, h, i, j] = scale * Q[b, h, i] . K[b, h / group, j], the first of the three passes.
+// scores: W[b, h, i, j] = log2 e * score(Q[b, h, i] . K[b, h / group, j]), the first of the three passes.
 //
 //   each thread: one query row, four keys
 //     for d in 0 .. D by 4: acc[0..4] += dot(q[d..d+4], k[0..4][d..d+4])
-//   keys that the row does not see are left NEVER
+//   keys that the row does not see are left NEVER; on request the score of a stage goes to the caller
 {% if F16 %}
 enable f16;
 {% endif %}
-{% set TQ = "vec4<" ~ Q_TYPE ~ ">" if VEC == 4 else Q_TYPE %}
-{% set TK = "vec4<" ~ KV_TYPE ~ ">" if VEC == 4 else KV_TYPE %}
-{% set buffers = [["q", "read", TQ], ["k", "read", TK], ["weights", "read_write", "f32"]] %}
+{% from "shared/rows.wgsl" import element, row_loader %}
+{% set stage = [["stage", "read_write", "f32"]] if STAGE != "softmax" else [] %}
+{% set buffers = [["q", "read", element(Q_TYPE, VEC)], ["k", "read", element(K_TYPE, VEC)], ["weights", "read_write", "f32"]] + stage %}
 {% include "shared/problem.wgsl" %}
 {% include "shared/score.wgsl" %}
-{% from "shared/rows.wgsl" import row_loader %}
-{{ row_loader("q", "head_dim", VEC) }}
-{{ row_loader("k", "head_dim", VEC) }}
+{{ row_loader("q", Q_TYPE, "head_dim", "x", VEC) }}
+{{ row_loader("k", K_TYPE, "head_dim", "y", VEC) }}
 
 @compute @workgroup_size(64)
 fn main(
@@ -22,17 +21,25 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 ) {
     let quads = (P.k_len + 3u) / 4u;
-    let index = workgroup_index(group, groups) * 64u + thread;
-    if (index >= P.batch * P.heads * P.q_len * quads) { return; }
-    let row = index / quads;
+    let index = (P.block_from + workgroup_index(group, groups)) * 64u + thread;
+    if (index >= P.count) { return; }
+    let row = row_at(index / quads);
+    if (row.x >= P.batch) { return; }
     let j = (index % quads) * 4u;
-    let i = row % P.q_len;
-    let h = (row / P.q_len) % P.heads;
-    let b = row / (P.q_len * P.heads);
+    let b = row.x;
+    let h = row.y;
+    let i = row.z;
     let kb = kv_row(b);
     let kh = h / (P.heads / P.kv_heads);
-    let end = key_end(i, kv_length(kb));
-    let q_row = P.q_at.x + b * P.q_at.y + h * P.q_at.z + i * P.q_at.w;
+    let length = kv_length(kb);
+    let position = q_position(b, length) + i32(i);
+    let keys = keys_of(b, position, length);
+    let q_row = query_at(P.q_at, b, h, i);
+{% if STAGE in ["raw", "softcap"] %}
+    let end = length;
+{% else %}
+    let end = last_key(keys);
+{% endif %}
 
     // Rows past the end are read from the last key, so that every access is inside the tensor.
     var at = array<u32, 4>();
@@ -46,9 +53,18 @@ fn main(
             s += vec4<f32>(dot(x, load_k(at[0], d)), dot(x, load_k(at[1], d)), dot(x, load_k(at[2], d)), dot(x, load_k(at[3], d)));
         }
     }
+    let cell = P.weights_from + row_number(b, h, i) * P.k_len + j;
 {% for n in range(4) %}
     if (j + {{ n }}u < P.k_len) {
-        weights[row * P.k_len + j + {{ n }}u] = select(NEVER, s[{{ n }}] * P.scale, j + {{ n }}u < end);
+        let x = score(s[{{ n }}], keys, b, h, i, j + {{ n }}u, position);
+        weights[cell + {{ n }}u] = x;
+{% if STAGE == "raw" %}
+        stage[cell + {{ n }}u] = select(P.minus_infinity, s[{{ n }}] * P.scale, j + {{ n }}u < end);
+{% elif STAGE == "softcap" %}
+        stage[cell + {{ n }}u] = select(P.minus_infinity, softcapped(s[{{ n }}] * P.scale), j + {{ n }}u < end);
+{% elif STAGE == "biased" %}
+        stage[cell + {{ n }}u] = select(x * LN_2, P.minus_infinity, x <= NEVER);
+{% endif %}
     }
 {% endfor %}
 }

@@ -4,13 +4,11 @@
 {% if F16 %}
 enable f16;
 {% endif %}
-{% set TV = "vec4<" ~ KV_TYPE ~ ">" if VEC == 4 else KV_TYPE %}
-{% set TO = "vec4<" ~ O_TYPE ~ ">" if VEC == 4 else O_TYPE %}
-{% set buffers = [["weights", "read", "f32"], ["v", "read", TV], ["o", "read_write", TO]] %}
+{% from "shared/rows.wgsl" import element, out_element, row_loader, row_writer %}
+{% set buffers = [["weights", "read", "f32"], ["v", "read", element(V_TYPE, VEC)], ["o", "read_write", out_element(O_TYPE, VEC)]] %}
 {% include "shared/problem.wgsl" %}
 {% include "shared/score.wgsl" %}
-{% from "shared/rows.wgsl" import row_loader, row_writer %}
-{{ row_loader("v", "value_dim", VEC) }}
+{{ row_loader("v", V_TYPE, "value_dim", "z", VEC) }}
 {{ row_writer("o", O_TYPE, "value_dim", VEC) }}
 
 @compute @workgroup_size(64)
@@ -20,20 +18,25 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 ) {
     let quads = (P.value_dim + 3u) / 4u;
-    let index = workgroup_index(group, groups) * 64u + thread;
-    if (index >= P.batch * P.heads * P.q_len * quads) { return; }
-    let row = index / quads;
+    let index = (P.block_from + workgroup_index(group, groups)) * 64u + thread;
+    if (index >= P.count) { return; }
+    let row = row_at(index / quads);
+    if (row.x >= P.batch) { return; }
     let d = (index % quads) * 4u;
-    let i = row % P.q_len;
-    let h = (row / P.q_len) % P.heads;
-    let b = row / (P.q_len * P.heads);
+    let b = row.x;
+    let h = row.y;
+    let i = row.z;
     let kb = kv_row(b);
     let kh = h / (P.heads / P.kv_heads);
-    let end = key_end(i, kv_length(kb));
+    let length = kv_length(kb);
+    let keys = keys_of(b, q_position(b, length) + i32(i), length);
+    let at = P.weights_from + row_number(b, h, i) * P.k_len;
 
     var sum = vec4<f32>();
-    for (var j = 0u; j < end; j += 1u) {
-        sum += weights[row * P.k_len + j] * load_v(key_at(P.v_at, kb, kh, j), d);
+    for (var j = first_key(keys); j < last_key(keys); j += 1u) {
+        let w = weights[at + j];
+        // What lies at a masked key reaches nothing, NaN included.
+        if (w != 0.0) { sum += w * load_v(key_at(P.v_at, kb, kh, j), d); }
     }
-    store_o(P.o_at.x + b * P.o_at.y + h * P.o_at.z + i * P.o_at.w, d, sum);
+    store_o(query_at(P.o_at, b, h, i), d, sum);
 }

@@ -22,15 +22,9 @@
 //! let out = gpu.empty("out", DType::F32, &shape)?;
 //!
 //! let mut recorder = Recorder::new(&gpu);
-//! let tensors = Tensors {
-//!     q: View::bhld(&q)?,
-//!     k: View::bhld(&k)?,
-//!     v: View::bhld(&v)?,
-//!     out: View::bhld(&out)?,
-//!     kv_len: None,
-//!     rows: None,
-//!     weights: None,
-//! };
+//! let views = [&q, &k, &v, &out].map(View::bhld);
+//! let [q, k, v, out] = views;
+//! let tensors = Tensors::new(q?, k?, v?, out?);
 //! let options = Options { causal: true, ..Default::default() };
 //! let plan = attention::record(&mut recorder, &tensors, &options)?;
 //! println!("{:?}", plan.route);
@@ -49,7 +43,8 @@
 //!
 //! # What holds everywhere
 //!
-//! - The law of scores: scale, then the mask; a row that sees no key gives zeros.
+//! - The law of scores: scale, softcap, bias and ALiBi, mask, then sinks in the denominator; a row that
+//!   sees no key gives zeros.
 //! - Scores, softmax state and sums are f32, whatever the storage type.
 //! - What lies past a length, in padding or in unused cells of a cache, reaches no result, NaN included.
 //! - What cannot be honoured is an [`Error`] that names the argument, its value and the bound.

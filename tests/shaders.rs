@@ -1,19 +1,20 @@
-//! Every variant of every kernel through naga's parser and validator, without a device; and the limits
-//! that every device grants. A last test holds the list of variants against what plans really ask for.
+//! Every variant that plans and ops ask for through naga's parser and validator, within the limits that
+//! every device grants.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::OnceLock;
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, StorageAccess, TypeInner};
-use qkv::attention::{Align, Options, Problem, Route, Tensors, View, plan};
-use qkv::gpu::{DType, Gpu, Shader, Tensor, templates};
+use qkv::Error;
+use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, plan};
+use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
 const VECTORS: [u32; 2] = [1, 4];
 
-/// D and Dv of the decode kernels, whose rows are unrolled by them.
+/// D and Dv: the fused kernels are unrolled by them.
 const DIMS: [[u32; 2]; 9] = [
     [1, 1],
     [12, 20],
@@ -26,81 +27,194 @@ const DIMS: [[u32; 2]; 9] = [
     [576, 512],
 ];
 
-/// What the attention kernels have in common: types, vectors and masks.
-fn masks(kernel: &'static str) -> Vec<Shader> {
-    let mut all = Vec::new();
-    for [q, kv, out] in FLOATS.iter().flat_map(|q| {
-        let pairs = FLOATS.iter().flat_map(|kv| FLOATS.map(|out| [*kv, out]));
-        pairs.map(|[kv, out]| [*q, kv, out])
-    }) {
-        for vec in VECTORS {
-            for (causal, top_left) in [(false, false), (true, false), (true, true)] {
-                for has_kv_len in BOTH {
-                    for has_rows in BOTH {
-                        all.push(
-                            Shader::new(kernel)
-                                .with("F16", [q, kv, out].contains(&"f16"))
-                                .with("VEC", vec)
-                                .with("Q_TYPE", q)
-                                .with("KV_TYPE", kv)
-                                .with("O_TYPE", out)
-                                .with("HAS_KV_LEN", has_kv_len)
-                                .with("HAS_ROWS", has_rows)
-                                .with("CAUSAL", causal)
-                                .with("TOP_LEFT", top_left),
-                        );
-                    }
-                }
-            }
-        }
-    }
-    all
+/// Smallest and largest subgroups of devices there are; none at all comes last.
+const SUBGROUPS: [Option<(u32, u32)>; 7] = [
+    Some((4, 4)),
+    Some((8, 8)),
+    Some((8, 32)),
+    Some((32, 32)),
+    Some((32, 64)),
+    Some((128, 128)),
+    None,
+];
+
+const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// The tensors that problems of every kind are made of.
+struct Parts {
+    inputs: [Tensor; 3],
+    outputs: [Tensor; 3],
+    table: Tensor,
+    integers: Tensor,
+    offsets: Tensor,
+    cu: [Tensor; 2],
+    rows: Tensor,
+    mask: Tensor,
+    t5: Tensor,
+    weights: Tensor,
 }
 
-/// The constants of `decode` for a head dim, as the plan makes them.
-fn decode_sizes(shader: Shader, [d, dv]: [u32; 2], rows: u32, split: bool) -> Shader {
-    let v_quads = dv.div_ceil(4);
-    let chunks = v_quads.div_ceil(64);
-    let columns = v_quads.div_ceil(chunks);
-    shader
-        .with("ROWS", rows)
-        .with("QUADS", d.div_ceil(4))
-        .with("COLUMNS", columns)
-        .with("SLICES", 64 / columns)
-        .with("CHUNKS", chunks)
-        .with("SPLIT", split)
-}
+type Change = for<'a> fn(&mut Tensors<'a>, &mut Options, &'a Parts);
 
-/// Attention's variants. Every type and mask where they meet the code; the sizes of `decode` in full
-/// for one mask.
-fn attention_variants() -> Vec<Shader> {
-    let mut all = Vec::new();
-    for kernel in ["scores", "softmax", "values", "merge"] {
-        all.extend(masks(kernel));
-    }
-    for shader in masks("prefill") {
-        for chunks in 1..=4u32 {
-            let rows = if chunks == 1 { 4u32 } else { 2 };
-            all.push(shader.clone().with("V_CHUNKS", chunks).with("ROWS", rows));
+/// Options that change the text of a kernel.
+const OPTIONS: [Change; 16] = [
+    |_, o, _| o.causal = true,
+    |_, o, _| (o.causal, o.align) = (true, Align::TopLeft),
+    |_, o, _| o.window = [Some(3), None],
+    |_, o, _| o.softcap = Some(2.0),
+    |_, o, _| o.batch_invariant = true,
+    |t, _, p| t.kv_len = Some(&p.integers),
+    |t, _, p| t.q_offset = Some(&p.offsets),
+    |t, _, p| t.prefix_len = Some(&p.integers),
+    |t, _, p| t.rows = Some(&p.rows),
+    |t, _, p| t.bias = Some(View::broadcast(&p.weights, [2, 2, t.q.extents()[2], 130]).unwrap()),
+    |t, _, p| t.mask = Some(View::broadcast(&p.mask, [2, 2, t.q.extents()[2], 130]).unwrap()),
+    |t, _, p| t.alibi = Some(&p.table),
+    |t, o, p| {
+        t.t5 = Some(&p.t5);
+        o.t5 = Some(T5 {
+            bidirectional: true,
+            max_distance: 100,
+        });
+    },
+    |t, _, p| t.sinks = Some(&p.table),
+    |t, o, p| {
+        t.extra = vec![("slopes", &p.table)];
+        let text =
+            "fn score_mod(s: f32, b: u32, h: u32, q: u32, k: u32) -> f32 { return s - slopes[h]; }";
+        o.score_mod = Some(text.into());
+    },
+    |_, o, _| {
+        let text =
+            "fn mask_mod(b: u32, h: u32, q: u32, k: u32) -> bool { return q % 2u == k % 2u; }";
+        o.mask_mod = Some(text.into());
+    },
+];
+
+/// Every variant that plans ask for: each mix of types, dims and subgroups plain; each option and pair of
+/// options; on a device that binds no more than every device does. The answer tells also how many plans
+/// were made and how many were refused for binding more.
+fn planned() -> (HashSet<Shader>, usize, usize) {
+    let gpu = gpu();
+    let make = |dtype| gpu.empty("tensor", dtype, &[1 << 19]).unwrap();
+    let parts = Parts {
+        inputs: TYPES.map(make),
+        outputs: TYPES.map(make),
+        table: gpu.empty("table", DType::F32, &[2]).unwrap(),
+        integers: gpu.empty("integers", DType::U32, &[2]).unwrap(),
+        offsets: gpu.empty("offsets", DType::I32, &[2]).unwrap(),
+        cu: [0, 1].map(|_| gpu.empty("cu", DType::U32, &[3]).unwrap()),
+        rows: gpu.empty("rows", DType::U32, &[2, 130]).unwrap(),
+        mask: gpu.empty("mask", DType::Bool, &[1, 1, 1, 130]).unwrap(),
+        t5: gpu.empty("t5", DType::F32, &[8, 2]).unwrap(),
+        weights: gpu.empty("bias", DType::F32, &[1, 1, 1, 130]).unwrap(),
+    };
+    let mut caps = gpu.caps().without_f16();
+    (caps.f16, caps.storage_buffers) = (true, 8);
+    let view = |tensor, [b, h, l, d]: [u32; 4], dense: bool| {
+        let gap = if dense { 0 } else { 1 };
+        let row = d + gap;
+        View::new(tensor, [b, h, l, d], gap, [h * l * row, l * row, row]).unwrap()
+    };
+    let (mut shaders, mut plans, mut refused) = (HashSet::new(), 0, 0);
+    let mut ask = |[q_len, d, dv]: [u32; 3],
+                   types: [usize; 4],
+                   dense,
+                   subgroups,
+                   changes: &[usize],
+                   ragged| {
+        let [q, k, v, out] = types;
+        let batch = if ragged { 1 } else { 2 };
+        let mut tensors = Tensors::new(
+            view(&parts.inputs[q], [batch, 2, q_len, d], dense),
+            view(&parts.inputs[k], [batch, 2, 130, d], dense),
+            view(&parts.inputs[v], [batch, 2, 130, dv], dense),
+            view(&parts.outputs[out], [batch, 2, q_len, dv], dense),
+        );
+        if ragged {
+            (tensors.cu_q, tensors.cu_k) = (Some(&parts.cu[0]), Some(&parts.cu[1]));
         }
-    }
-    for (ix, shader) in masks("decode").into_iter().enumerate() {
-        let (dims, every) = match ix {
-            // f32 in single elements, without a mask: every size.
-            0 => (&DIMS[..], true),
-            _ => (&DIMS[1..2], false),
+        let lse = gpu.empty("lse", DType::F32, &[batch, 2, q_len]).unwrap();
+        let weights = gpu
+            .empty("weights", DType::F32, &[batch, 2, q_len, 130])
+            .unwrap();
+        let mut options = Options::default();
+        for &ix in changes {
+            OPTIONS[ix](&mut tensors, &mut options, &parts);
+        }
+        let caps = Caps {
+            subgroups,
+            ..caps.clone()
         };
-        for &dim in dims {
-            for rows in [1, 2, 4, 8] {
-                if (every || [1, 8].contains(&rows)) && (rows < 8 || dim[0] <= 256) {
-                    for split in BOTH {
-                        all.push(decode_sizes(shader.clone(), dim, rows, split));
-                    }
+        let routes = [
+            (Route::ThreePass, None, None),
+            (Route::ThreePass, None, Some(Stage::Raw)),
+            (Route::ThreePass, None, Some(Stage::Biased)),
+            (Route::Prefill, None, None),
+            (Route::Decode, None, None),
+            (Route::Decode, Some(2), None),
+        ];
+        for (ix, (route, splits, stage)) in routes.into_iter().enumerate() {
+            tensors.lse = (ix != 3 || changes.len() == 1).then_some(&lse);
+            tensors.weights = stage.map(|_| &weights);
+            (options.route, options.splits) = (Some(route), splits);
+            options.stage = stage.unwrap_or_default();
+            let problem = Problem::new(&tensors, &options).unwrap();
+            match plan(&problem, &caps) {
+                Ok(plan) => shaders.extend(plan.launches.into_iter().map(|launch| launch.shader)),
+                Err(Error::Refused { argument, .. }) => {
+                    assert_eq!(argument, "the tensors of these options together");
+                    refused += 1;
+                }
+                Err(other) => panic!("{other}"),
+            }
+            plans += 1;
+        }
+    };
+    for mix in 0..81 {
+        let types = [mix % 3, mix / 3 % 3, mix / 9 % 3, mix / 27];
+        for dense in BOTH {
+            for subgroups in [SUBGROUPS[1], None] {
+                ask([9, 12, 20], types, dense, subgroups, &[], false);
+            }
+        }
+    }
+    for [d, dv] in DIMS {
+        for q_len in [1, 2, 4, 9] {
+            for subgroups in SUBGROUPS {
+                ask([q_len, d, dv], [0; 4], true, subgroups, &[], false);
+            }
+        }
+    }
+    for first in 0..OPTIONS.len() {
+        for second in first..OPTIONS.len() {
+            let changes: &[usize] = if first == second {
+                &[first]
+            } else {
+                &[first, second]
+            };
+            for subgroups in [SUBGROUPS[3], None] {
+                ask([70, 12, 20], [0; 4], false, subgroups, changes, false);
+                // Histories and lengths are not to be had with ragged keys.
+                if !changes.contains(&5) && !changes.contains(&8) {
+                    ask([70, 12, 20], [0; 4], true, subgroups, changes, true);
                 }
             }
         }
     }
-    all
+    (shaders, plans, refused)
+}
+
+/// Attention's variants.
+fn attention_variants() -> &'static HashSet<Shader> {
+    static ALL: OnceLock<HashSet<Shader>> = OnceLock::new();
+    ALL.get_or_init(|| {
+        let (mut all, plans, refused) = planned();
+        println!("{plans} plans, {refused} refused");
+        assert_eq!((plans, refused), (6348, 72));
+        all.insert(Shader::new("combine"));
+        all
+    })
 }
 
 /// The variants of everything around attention.
@@ -168,17 +282,18 @@ fn other_variants() -> Vec<Shader> {
 /// Bytes of each kernel's parameters on the host's side.
 fn params_bytes(kernel: &str) -> u32 {
     match kernel {
-        "scores" | "softmax" | "values" | "prefill" | "decode" | "merge" => 8 * 4 + 4 * 16 + 16,
+        "scores" | "softmax" | "values" | "prefill" | "decode" | "decode_lanes" | "merge"
+        | "block_map" => 224,
         "embed" | "append" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" => 16,
+        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" => 16,
         other => panic!("{other} is not in the list"),
     }
 }
 
 /// Parses, validates and measures one kernel; the error says what is wrong.
 fn check(kernel: &str, text: &str) -> Result<(), String> {
-    // Capabilities that extensions stand for; only f16 is used.
-    let capabilities = Capabilities::SHADER_FLOAT16;
+    // Capabilities that extensions stand for; only f16 and subgroups are used.
+    let capabilities = Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
     let mut options = naga::front::wgsl::Options::new();
     options.capabilities = capabilities;
     let module = naga::front::wgsl::Frontend::new_with_options(options)
@@ -238,7 +353,7 @@ fn every_variant_of_every_kernel_is_valid() {
     let mut counts = BTreeMap::new();
     // Constants that a text does not use make variants of equal text: each text is checked once.
     let mut texts = HashSet::new();
-    for shader in attention_variants().into_iter().chain(other_variants()) {
+    for shader in attention_variants().iter().cloned().chain(other_variants()) {
         let text = shader
             .expand(&templates)
             .unwrap_or_else(|e| panic!("{shader:?}: {e}"));
@@ -251,7 +366,7 @@ fn every_variant_of_every_kernel_is_valid() {
     }
     let all: usize = counts.values().sum();
     println!("{all} variants, {} texts: {counts:?}", texts.len());
-    assert_eq!(all, 3193);
+    assert_eq!(all, 5152);
 }
 
 #[test]
@@ -299,78 +414,4 @@ var<workgroup> wg: array<f32, 64>;
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
     GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
-}
-
-#[test]
-fn plans_ask_for_variants_of_the_list() {
-    let listed: HashSet<Shader> = attention_variants().into_iter().collect();
-    let mut full = gpu().caps().clone();
-    full.f16 = true;
-    let tensor = |dtype| gpu().empty("tensor", dtype, &[1 << 19]).unwrap();
-    let inputs = [tensor(DType::F32), tensor(DType::F16)];
-    let outputs = [tensor(DType::F32), tensor(DType::F16)];
-    let kv_len = gpu().empty("kv_len", DType::U32, &[2]).unwrap();
-    let rows = gpu().empty("rows", DType::U32, &[2, 130]).unwrap();
-    fn view(tensor: &Tensor, [b, h, l, d]: [u32; 4], dense: bool) -> View<'_> {
-        let gap = if dense { 0 } else { 1 };
-        let row = d + gap;
-        View::new(tensor, [b, h, l, d], gap, [h * l * row, l * row, row]).unwrap()
-    }
-    let mut asked = HashSet::new();
-    let mut plans = 0;
-    let routes = [
-        (Route::ThreePass, None),
-        (Route::Prefill, None),
-        (Route::Decode, None),
-        (Route::Decode, Some(2)),
-    ];
-    let mut ask = |[q_len, d, dv]: [u32; 3], types: [usize; 3], dense, causal, masks: [bool; 2]| {
-        let [q, kv, out] = types;
-        let tensors = Tensors {
-            q: view(&inputs[q], [2, 2, q_len, d], dense),
-            k: view(&inputs[kv], [2, 2, 130, d], dense),
-            v: view(&inputs[kv], [2, 2, 130, dv], dense),
-            out: view(&outputs[out], [2, 2, q_len, dv], dense),
-            kv_len: masks[0].then_some(&kv_len),
-            rows: masks[1].then_some(&rows),
-            weights: None,
-        };
-        for (route, splits) in routes {
-            let causal: Option<Align> = causal;
-            let options = Options {
-                causal: causal.is_some(),
-                align: causal.unwrap_or_default(),
-                route: Some(route),
-                splits,
-                ..Options::default()
-            };
-            let problem = Problem::new(&tensors, &options).unwrap();
-            for launch in plan(&problem, &full).unwrap().launches {
-                asked.insert(launch.shader);
-            }
-            plans += 1;
-        }
-    };
-    let aligns = [None, Some(Align::BottomRight), Some(Align::TopLeft)];
-    for types in 0..8 {
-        for dense in BOTH {
-            for causal in aligns {
-                for masks in [[false, false], [false, true], [true, false], [true, true]] {
-                    let types = [types & 1, types >> 1 & 1, types >> 2];
-                    for q_len in [1, 9] {
-                        ask([q_len, 12, 20], types, dense, causal, masks);
-                    }
-                }
-            }
-        }
-    }
-    for [d, dv] in DIMS {
-        for q_len in [1, 2, 4, 9] {
-            ask([q_len, d, dv], [0; 3], false, None, [false; 2]);
-        }
-    }
-    println!("{plans} plans ask for {} variants", asked.len());
-    for shader in &asked {
-        assert!(listed.contains(shader), "{shader:?} is not in the list");
-    }
 }

@@ -1,28 +1,43 @@
-// The attention problem: sizes, strides and tensors. Before the include a kernel sets `buffers`, a list
-// of [name, access, element type]; they are bound in that order behind the parameters, then come the
-// optional `kv_len` and `rows`.
+// The attention problem: sizes, strides, tensors, and where each row lies. Before the include a kernel sets
+// `buffers`, a list of [name, access, element type]; they are bound in that order behind the parameters,
+// then come the optional tables, masks and biases that TABLES names, then those of the caller's functions.
 
 struct Problem {
     batch: u32, heads: u32, q_len: u32, head_dim: u32,
     kv_batch: u32, kv_heads: u32, k_len: u32, value_dim: u32,
     // A view's offset, then its strides over batch, head and row, in elements.
-    q_at: vec4<u32>,     // [B, H, Q, D]
+    q_at: vec4<u32>,     // [B, H, Q, D]; [1, H, T, D] where sequences are ragged
     k_at: vec4<u32>,     // [Bk, Hk, K, D]
     v_at: vec4<u32>,     // [Bk, Hk, K, Dv]
     o_at: vec4<u32>,     // [B, H, Q, Dv]
+    columns: vec4<u32>,  // steps between columns of Q, K, V and O
+    bias_at: vec4<u32>,  // steps over batch, head, query and key
+    mask_at: vec4<u32>,
+    bias_from: u32, mask_from: u32, weights_from: u32, lse_from: u32,
     scale: f32,          // of Q K^T
+    softcap: f32,
+    minus_infinity: f32, // which no literal can give
+    left: u32,           // keys a query sees before its own position
+    right: u32,          // and after it
     splits: u32,         // parts of the key axis
     split_len: u32,      // keys in each part
-    rows_stride: u32,    // of `rows`, over the batch
+    t5_buckets: u32,
+    t5_distance: f32,    // log of the distance that the last bucket starts at over the first that is shared
+    // This launch's share of the problem.
+    b_from: u32, kv_from: u32, kv_count: u32,
+    blocks: u32,         // of query rows, over the batch rows of this launch
+    block_from: u32,     // the first workgroup's number
+    count: u32,          // of workgroups, or of threads where they are numbered through
+    k_blocks: u32,       // of the block map
 }
 
 @group(0) @binding(0) var<uniform> P: Problem;
-{% set optional = ([["kv_len", "read", "u32"]] if HAS_KV_LEN else []) + ([["rows", "read", "u32"]] if HAS_ROWS else []) %}
-{% for name, access, element in buffers + optional %}
+{% for name, access, element in buffers + TABLES %}
 @group(0) @binding({{ loop.index }}) var<storage, {{ access }}> {{ name }}: array<{{ element }}>;
 {% endfor %}
 
 const LOG2_E = 1.4426950408889634;
+const LN_2 = 0.6931471805599453;
 // Stands for a score that is masked or not there yet: finite, so that no infinity enters the arithmetic.
 const NEVER = -1.0e30;
 
@@ -36,12 +51,99 @@ fn kv_row(b: u32) -> u32 {
     return b / (P.batch / P.kv_batch);
 }
 
-// Where key `j` of batch row `kb` lies: `rows` names the batch row that holds each position.
-fn key_at(view: vec4<u32>, kb: u32, head: u32, j: u32) -> u32 {
-{% if HAS_ROWS %}
-    let row = min(rows[kb * P.rows_stride + j], P.kv_batch - 1u);
+// The first query row of batch row `b`, and how many there are.
+fn q_start(b: u32) -> u32 {
+{% if RAGGED_Q %}
+    return min(cu_q[b], P.q_len);
 {% else %}
-    let row = kb;
+    return 0u;
 {% endif %}
+}
+fn q_count(b: u32) -> u32 {
+{% if RAGGED_Q %}
+    return clamp(cu_q[b + 1u], q_start(b), P.q_len) - q_start(b);
+{% else %}
+    return P.q_len;
+{% endif %}
+}
+
+// The first key of batch row `kb` of K, and how many there are.
+fn k_start(kb: u32) -> u32 {
+{% if RAGGED_K %}
+    return min(cu_k[kb], P.k_len);
+{% else %}
+    return 0u;
+{% endif %}
+}
+fn kv_length(kb: u32) -> u32 {
+{% if RAGGED_K %}
+    return clamp(cu_k[kb + 1u], k_start(kb), P.k_len) - k_start(kb);
+{% elif HAS_KV_LEN %}
+    return min(kv_len[kb], P.k_len);
+{% else %}
+    return P.k_len;
+{% endif %}
+}
+
+// The first element of query `i` of head `h` in a view of Q or O.
+fn query_at(view: vec4<u32>, b: u32, h: u32, i: u32) -> u32 {
+{% if RAGGED_Q %}
+    return view.x + h * view.z + (q_start(b) + i) * view.w;
+{% else %}
+    return view.x + b * view.y + h * view.z + i * view.w;
+{% endif %}
+}
+
+// The number of that row where rows lie dense: in scratch, weights and LSE.
+fn row_number(b: u32, h: u32, i: u32) -> u32 {
+{% if RAGGED_Q %}
+    return h * P.q_len + q_start(b) + i;
+{% else %}
+    return (b * P.heads + h) * P.q_len + i;
+{% endif %}
+}
+
+// The first element of key `j` of batch row `kb`: `rows` names the batch row that holds each position.
+fn key_at(view: vec4<u32>, kb: u32, head: u32, j: u32) -> u32 {
+{% if RAGGED_K %}
+    return view.x + head * view.z + (k_start(kb) + j) * view.w;
+{% elif HAS_ROWS %}
+    let row = min(rows[kb * P.k_len + j], P.kv_batch - 1u);
     return view.x + row * view.y + head * view.z + j * view.w;
+{% else %}
+    return view.x + kb * view.y + head * view.z + j * view.w;
+{% endif %}
+}
+
+// Block `n` of this launch, of `size` of the `per_query` rows that each query has: its batch row (past the
+// last where there is no such block) and its first row there. Blocks do not straddle batch rows.
+fn block_at(n: u32, size: u32, per_query: u32) -> vec2<u32> {
+{% if RAGGED_Q %}
+    var ahead = n;
+    for (var b = 0u; b < P.batch; b += 1u) {
+        let blocks = (q_count(b) * per_query + size - 1u) / size;
+        if (ahead < blocks) { return vec2<u32>(b, ahead * size); }
+        ahead -= blocks;
+    }
+    return vec2<u32>(P.batch, 0u);
+{% else %}
+    let blocks = (P.q_len * per_query + size - 1u) / size;
+    return vec2<u32>(P.b_from + n / blocks, (n % blocks) * size);
+{% endif %}
+}
+
+// Row `n` of this launch where all rows are numbered through: its batch row (past the last where no
+// sequence holds the row), head and query.
+fn row_at(n: u32) -> vec3<u32> {
+    let per_kv = P.heads / P.kv_heads;
+    let h = P.kv_from * per_kv + n / P.q_len % (P.kv_count * per_kv);
+    let t = n % P.q_len;
+{% if RAGGED_Q %}
+    for (var b = 0u; b < P.batch; b += 1u) {
+        if (t >= q_start(b) && t < q_start(b) + q_count(b)) { return vec3<u32>(b, h, t - q_start(b)); }
+    }
+    return vec3<u32>(P.batch, h, 0u);
+{% else %}
+    return vec3<u32>(P.b_from + n / (P.q_len * P.kv_count * per_kv), h, t);
+{% endif %}
 }

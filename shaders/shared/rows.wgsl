@@ -1,32 +1,79 @@
-// Reading and writing rows of an attention tensor, four columns at a time.
+// Reading and writing rows of an attention tensor, four columns at a time. bf16 is unpacked by its bits.
+
+// The element type of a tensor's binding.
+{% macro element(type, VEC) -%}
+{%- if type == "bf16" %}{{ "vec2<u32>" if VEC == 4 else "u32" }}{% elif VEC == 4 %}vec4<{{ type }}>{% else %}{{ type }}{% endif -%}
+{%- endmacro %}
 
 // Four elements of a row that starts at element `at`, from column `d` on; zeros past the row's end.
-{% macro row_loader(name, extent, VEC) %}
+{% macro row_loader(name, type, extent, column, VEC) %}
 fn load_{{ name }}(at: u32, d: u32) -> vec4<f32> {
 {% if VEC == 4 %}
     if (d >= P.{{ extent }}) { return vec4<f32>(); }
+{% if type == "bf16" %}
+    let x = {{ name }}[(at + d) / 4u];
+    return bitcast<vec4<f32>>(vec4<u32>(x.x << 16u, x.x & 0xffff0000u, x.y << 16u, x.y & 0xffff0000u));
+{% else %}
     return vec4<f32>({{ name }}[(at + d) / 4u]);
+{% endif %}
 {% else %}
     var x = vec4<f32>();
-    if (d < P.{{ extent }}) { x.x = f32({{ name }}[at + d]); }
-    if (d + 1u < P.{{ extent }}) { x.y = f32({{ name }}[at + d + 1u]); }
-    if (d + 2u < P.{{ extent }}) { x.z = f32({{ name }}[at + d + 2u]); }
-    if (d + 3u < P.{{ extent }}) { x.w = f32({{ name }}[at + d + 3u]); }
+{% for e in range(4) %}
+    if (d + {{ e }}u < P.{{ extent }}) { x[{{ e }}] = element_{{ name }}(at + (d + {{ e }}u) * P.columns.{{ column }}); }
+{% endfor %}
     return x;
+{% endif %}
+}
+{% if VEC != 4 %}
+fn element_{{ name }}(at: u32) -> f32 {
+{% if type == "bf16" %}
+    let x = {{ name }}[at / 2u];
+    return bitcast<f32>(select(x << 16u, x & 0xffff0000u, at % 2u == 1u));
+{% else %}
+    return f32({{ name }}[at]);
+{% endif %}
+}
+{% endif %}
+{% endmacro %}
+
+// Writes four elements of an output row; those past its end are not there. Where bf16 pairs straddle rows,
+// two threads may share a word, so each changes its own half by atomic operations.
+{% macro row_writer(name, type, extent, VEC) %}
+{% if type == "bf16" %}
+// The nearest bf16, ties to even, in the upper half.
+fn bf16_bits(x: vec4<f32>) -> vec4<u32> {
+    let bits = bitcast<vec4<u32>>(x);
+    let rounded = bits + vec4<u32>(0x7fffu) + ((bits >> vec4<u32>(16u)) & vec4<u32>(1u));
+    // A NaN's payload must not be rounded away.
+    let nan = (bits & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u);
+    return select(rounded, vec4<u32>(0x7fc00000u), nan) & vec4<u32>(0xffff0000u);
+}
+{% endif %}
+fn store_{{ name }}(at: u32, d: u32, x: vec4<f32>) {
+{% if VEC == 4 and type == "bf16" %}
+    let bits = bf16_bits(x);
+    if (d < P.{{ extent }}) { {{ name }}[(at + d) / 4u] = vec2<u32>((bits.x >> 16u) | bits.y, (bits.z >> 16u) | bits.w); }
+{% elif VEC == 4 %}
+    if (d < P.{{ extent }}) { {{ name }}[(at + d) / 4u] = vec4<{{ type }}>(x); }
+{% elif type == "bf16" %}
+    let bits = bf16_bits(x);
+{% for e in range(4) %}
+    if (d + {{ e }}u < P.{{ extent }}) {
+        let to = at + (d + {{ e }}u) * P.columns.w;
+        let high = to % 2u == 1u;
+        atomicAnd(&{{ name }}[to / 2u], select(0xffff0000u, 0x0000ffffu, high));
+        atomicOr(&{{ name }}[to / 2u], select(bits[{{ e }}] >> 16u, bits[{{ e }}], high));
+    }
+{% endfor %}
+{% else %}
+{% for e in range(4) %}
+    if (d + {{ e }}u < P.{{ extent }}) { {{ name }}[at + (d + {{ e }}u) * P.columns.w] = {{ type }}(x[{{ e }}]); }
+{% endfor %}
 {% endif %}
 }
 {% endmacro %}
 
-// Writes four elements of an output row; those past its end are not there.
-{% macro row_writer(name, element, extent, VEC) %}
-fn store_{{ name }}(at: u32, d: u32, x: vec4<f32>) {
-{% if VEC == 4 %}
-    if (d < P.{{ extent }}) { {{ name }}[(at + d) / 4u] = vec4<{{ element }}>(x); }
-{% else %}
-    if (d < P.{{ extent }}) { {{ name }}[at + d] = {{ element }}(x.x); }
-    if (d + 1u < P.{{ extent }}) { {{ name }}[at + d + 1u] = {{ element }}(x.y); }
-    if (d + 2u < P.{{ extent }}) { {{ name }}[at + d + 2u] = {{ element }}(x.z); }
-    if (d + 3u < P.{{ extent }}) { {{ name }}[at + d + 3u] = {{ element }}(x.w); }
-{% endif %}
-}
-{% endmacro %}
+// The element type of an output's binding.
+{% macro out_element(type, VEC) -%}
+{%- if type == "bf16" and VEC != 4 %}atomic<u32>{% else %}{{ element(type, VEC) }}{% endif -%}
+{%- endmacro %}

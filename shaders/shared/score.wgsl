@@ -1,24 +1,154 @@
-// The law of scores: scale, then the mask. Masks are ranges: query i attends to keys 0 .. key_end(i).
+// The law of scores, in this order: scale, softcap, bias and ALiBi (and the caller's function), mask; sinks
+// join the denominator at the end. Masks that are ranges of keys bound the loops; the others are asked for
+// each element.
 
-fn kv_length(kb: u32) -> u32 {
-{% if HAS_KV_LEN %}
-    return min(kv_len[kb], P.k_len);
+// Where query 0 of batch row `b` stands among its `length` keys; may be negative.
+fn q_position(b: u32, length: u32) -> i32 {
+{% if POSITION == "table" %}
+    return clamp(q_offset[b], -0x20000000, 0x20000000);
+{% elif POSITION == "top_left" %}
+    return 0;
 {% else %}
-    return P.k_len;
+    return i32(length) - i32(q_count(b));
 {% endif %}
 }
 
-// One past the last key that query `i` sees among `length` keys. Query i stands at key position
-// i + offset, the offset being 0 (top-left) or length - Q (bottom-right), which may be negative.
-fn key_end(i: u32, length: u32) -> u32 {
-{% if CAUSAL %}
-{% if TOP_LEFT %}
-    let offset = 0;
-{% else %}
-    let offset = i32(length) - i32(P.q_len);
+// The keys that a query sees: begin .. end, and 0 .. prefix.
+struct Keys { begin: u32, end: u32, prefix: u32 }
+
+fn keys_of(b: u32, position: i32, length: u32) -> Keys {
+    var keys = Keys(0u, length, 0u);
+{% if HAS_RIGHT %}
+    keys.end = u32(clamp(position + i32(P.right) + 1, 0, i32(length)));
 {% endif %}
-    return u32(clamp(i32(i) + offset + 1, 0, i32(length)));
-{% else %}
-    return length;
+{% if HAS_LEFT %}
+    keys.begin = u32(clamp(position - i32(P.left), 0, i32(length)));
 {% endif %}
+{% if HAS_PREFIX %}
+    keys.prefix = min(prefix_len[b], length);
+{% endif %}
+    return keys;
+}
+
+// All that it sees lies in first_key .. last_key.
+fn first_key(keys: Keys) -> u32 {
+    return select(keys.begin, 0u, keys.prefix > 0u);
+}
+fn last_key(keys: Keys) -> u32 {
+    return max(keys.end, keys.prefix);
+}
+
+fn in_range(keys: Keys, j: u32) -> bool {
+{% if HAS_PREFIX %}
+    return (j >= keys.begin && j < keys.end) || j < keys.prefix;
+{% elif HAS_LEFT %}
+    return j >= keys.begin && j < keys.end;
+{% else %}
+    return j < keys.end;
+{% endif %}
+}
+
+{% if HAS_T5 %}
+// T5's relative position bucket (Raffel et al. 2020) of a key `distance` after the query.
+fn t5_bucket(distance: i32) -> u32 {
+{% if T5_BOTH %}
+    let buckets = P.t5_buckets / 2u;
+    let side = select(0u, buckets, distance > 0);
+    let n = u32(abs(distance));
+{% else %}
+    let buckets = P.t5_buckets;
+    let side = 0u;
+    let n = u32(max(-distance, 0));
+{% endif %}
+    let exact = buckets / 2u;
+    if (n < exact) { return side + n; }
+    // The small number makes up for the error of a device's logarithm where the value is whole.
+    let far = log(f32(n) / f32(exact)) / P.t5_distance * f32(buckets - exact) + 2.0e-5;
+    return side + min(exact + u32(far), buckets - 1u);
+}
+{% endif %}
+
+{% if HAS_BIAS %}
+fn bias_of(b: u32, h: u32, i: u32, j: u32) -> f32 {
+    let at = P.bias_from + b * P.bias_at.x + h * P.bias_at.y + i * P.bias_at.z + j * P.bias_at.w;
+{% if BIAS_TYPE == "bf16" %}
+    return bitcast<f32>(select(bias[at / 2u] << 16u, bias[at / 2u] & 0xffff0000u, at % 2u == 1u));
+{% else %}
+    return f32(bias[at]);
+{% endif %}
+}
+{% endif %}
+
+{{ FUNCTIONS }}
+
+{% set LAW = HAS_SOFTCAP or HAS_BIAS or HAS_ALIBI or HAS_T5 or HAS_SCORE_MOD %}
+{% set BY_ELEMENT = HAS_MASK or HAS_MASK_MOD %}
+fn softcapped(x: f32) -> f32 {
+{% if HAS_SOFTCAP %}
+    return P.softcap * tanh(clamp(x / P.softcap, -15.0, 15.0));
+{% else %}
+    return x;
+{% endif %}
+}
+
+// What follows the softcap: `position` is the query's.
+fn biased(x: f32, b: u32, h: u32, i: u32, j: u32, position: i32) -> f32 {
+    var s = x;
+{% if HAS_BIAS %}
+    // A bias of -inf masks whatever the score is, NaN included.
+    let added = bias_of(b, h, i, j);
+    if (added <= NEVER) { return NEVER; }
+    s += added;
+{% endif %}
+{% if HAS_ALIBI %}
+    s -= alibi[h] * f32(abs(position - i32(j)));
+{% endif %}
+{% if HAS_T5 %}
+    s += t5[t5_bucket(i32(j) - position) * P.heads + h];
+{% endif %}
+{% if HAS_SCORE_MOD %}
+    s = score_mod(s, b, h, i, j);
+{% endif %}
+    return s;
+}
+
+// Whether the mask lets query `i` attend to key `j`, which is in its range.
+fn allowed(b: u32, h: u32, i: u32, j: u32) -> bool {
+{% if HAS_MASK %}
+    let at = P.mask_from + b * P.mask_at.x + h * P.mask_at.y + i * P.mask_at.z + j * P.mask_at.w;
+    if (((mask[at / 4u] >> (at % 4u * 8u)) & 255u) == 0u) { return false; }
+{% endif %}
+{% if HAS_MASK_MOD %}
+    if (!mask_mod(b, h, i, j)) { return false; }
+{% endif %}
+    return true;
+}
+
+// The score of an element times log2 e, from the plain product; NEVER where it is masked.
+fn score(product: f32, keys: Keys, b: u32, h: u32, i: u32, j: u32, position: i32) -> f32 {
+{% if LAW or BY_ELEMENT %}
+    if (!in_range(keys, j)) { return NEVER; }
+{% if BY_ELEMENT %}
+    if (!allowed(b, h, i, j)) { return NEVER; }
+{% endif %}
+    let s = biased(softcapped(product * P.scale), b, h, i, j, position) * LOG2_E;
+    // What a function calls -inf is masked; a NaN stays one.
+    return select(s, NEVER, s < NEVER);
+{% else %}
+    return select(NEVER, product * (P.scale * LOG2_E), in_range(keys, j));
+{% endif %}
+}
+
+// The sink of head `h` times log2 e; NEVER where there is none.
+fn sink_of(h: u32) -> f32 {
+{% if HAS_SINKS %}
+    return select(sinks[h] * LOG2_E, NEVER, sinks[h] < NEVER);
+{% else %}
+    return NEVER;
+{% endif %}
+}
+
+// The natural logarithm of the denominator, 2^top * sum.
+fn lse_of(top: f32, sum: f32) -> f32 {
+    return select(P.minus_infinity, (top + log2(max(sum, 1.0e-37))) * LN_2, sum > 0.0);
 }

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use qkv::gpu::{Gpu, Tensor};
+use qkv::gpu::Gpu;
 use qkv::model::{Model, Padded};
 use qkv::{Error, Result};
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
 
-use super::{ModelOptions, load, write_whole};
+use super::{Floats, ModelOptions, load, save};
 
 #[derive(Args)]
 pub struct Options {
@@ -50,39 +50,16 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
         let named = taps.iter().enumerate();
         tensors.extend(named.map(|(ix, tap)| (format!("{kind}_attentions.{ix}"), tap)));
     }
-    save(&gpu, &tensors, &options.output)?;
+    let tensors = tensors.into_iter().map(|(name, tensor)| {
+        Ok(Floats {
+            name,
+            shape: tensor.shape().to_vec(),
+            values: gpu.read_floats(tensor)?,
+        })
+    });
+    save(&options.output, tensors.collect::<Result<_>>()?)?;
     gpu.save_pipelines();
     Ok(())
-}
-
-fn save(gpu: &Gpu, tensors: &[(String, &Tensor)], path: &Path) -> Result<()> {
-    let mut data = Vec::new();
-    for (name, tensor) in tensors {
-        let values = gpu.read_floats(tensor)?;
-        let bytes: Vec<u8> = values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect();
-        data.push((
-            name,
-            tensor
-                .shape()
-                .iter()
-                .map(|&n| n as usize)
-                .collect::<Vec<_>>(),
-            bytes,
-        ));
-    }
-    let views = data.iter().map(|(name, shape, bytes)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
-        (
-            name.as_str(),
-            view.expect("as many bytes as the shape takes"),
-        )
-    });
-    write_whole(path, |part| {
-        safetensors::serialize_to_file(views, None, part).map_err(|e| Error::file(path, e))
-    })
 }
 
 struct Input {

@@ -1,12 +1,13 @@
 //! The program: arguments, progress bars and pictures; no logic of its own.
 
+mod attend;
 mod devices;
 mod explain;
 mod forward;
 mod picture;
 mod translate;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -14,6 +15,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qkv::gpu::{DType, Gpu};
 use qkv::model::Source;
 use qkv::{Error, Result};
+use safetensors::tensor::{Dtype as FileDtype, TensorView};
 
 #[derive(Parser)]
 #[command(version, about = "Attention on any GPU", max_term_width = 100)]
@@ -30,6 +32,8 @@ struct Cli {
 enum Command {
     /// Translate text; lines of standard input where none is given
     Translate(translate::Options),
+    /// Run the attention operator, with all of its options, on the tensors of a file
+    Attend(Box<attend::Options>),
     /// Run a model on token ids, for comparison with other implementations
     Forward(forward::Options),
     /// List the devices, what they can do, and which one would be taken
@@ -88,13 +92,15 @@ pub fn run() -> ExitCode {
         .init();
     let cli = Cli::parse();
     let device = cli.device.as_deref().filter(|device| !device.is_empty());
+    let succeed = |()| ExitCode::SUCCESS;
     let done = match &cli.command {
-        Command::Translate(options) => translate::run(options, device),
-        Command::Forward(options) => forward::run(options, device),
-        Command::Devices(options) => devices::run(options, device),
+        Command::Attend(options) => attend::run(options, device),
+        Command::Translate(options) => translate::run(options, device).map(succeed),
+        Command::Forward(options) => forward::run(options, device).map(succeed),
+        Command::Devices(options) => devices::run(options, device).map(succeed),
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("qkv: {error}");
             ExitCode::from(2)
@@ -141,11 +147,33 @@ fn say(text: std::fmt::Arguments) -> Result<()> {
     }
 }
 
+/// A tensor to be written.
+struct Floats {
+    name: String,
+    shape: Vec<u32>,
+    values: Vec<f32>,
+}
+
+/// Writes tensors as f32 into a safetensors file.
+fn save(path: &Path, tensors: Vec<Floats>) -> Result<()> {
+    let tensors = tensors.into_iter().map(|tensor| {
+        let shape = tensor.shape.iter().map(|&n| n as usize).collect();
+        let values = tensor.values.iter();
+        let bytes: Vec<u8> = values.flat_map(|value| value.to_le_bytes()).collect();
+        (tensor.name, shape, bytes)
+    });
+    let data: Vec<(String, Vec<usize>, Vec<u8>)> = tensors.collect();
+    let views = data.iter().map(|(name, shape, bytes)| {
+        let view = TensorView::new(FileDtype::F32, shape.clone(), bytes);
+        (name, view.expect("as many bytes as the shape takes"))
+    });
+    write_whole(path, |part| {
+        safetensors::serialize_to_file(views, None, part).map_err(|e| Error::file(path, e))
+    })
+}
+
 /// Writes a file by way of another one, so that nothing half-written is ever there.
-fn write_whole(
-    path: &std::path::Path,
-    write: impl FnOnce(&std::path::Path) -> Result<()>,
-) -> Result<()> {
+fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.part", std::process::id()));
     let part = path.with_file_name(name);

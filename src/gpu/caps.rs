@@ -42,6 +42,10 @@ pub struct Caps {
     pub max_groups: u32,
     /// Alignment of a uniform binding's offset.
     pub uniform_align: u32,
+    /// Alignment of a storage binding's offset.
+    pub storage_align: u32,
+    /// Whether the device is a processor that runs shaders in software.
+    pub software: bool,
 }
 
 impl Caps {
@@ -66,6 +70,8 @@ impl Caps {
             max_buffer: limits.max_buffer_size,
             max_groups: limits.max_compute_workgroups_per_dimension,
             uniform_align: limits.min_uniform_buffer_offset_alignment,
+            storage_align: limits.min_storage_buffer_offset_alignment,
+            software: info.device_type == wgpu::DeviceType::Cpu,
         }
     }
 
@@ -111,6 +117,10 @@ impl Caps {
             uniform_align: least
                 .min_uniform_buffer_offset_alignment
                 .max(self.uniform_align),
+            storage_align: least
+                .min_storage_buffer_offset_alignment
+                .max(self.storage_align),
+            software: self.software,
         }
     }
 }

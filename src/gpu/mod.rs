@@ -8,15 +8,19 @@ mod recorder;
 mod shader;
 mod stats;
 mod tensor;
+mod timer;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use adapter::{AdapterReport, DEVICE_VARIABLE, adapters};
 pub use caps::{Caps, CoopShape};
+pub(crate) use recorder::Slice;
 pub use recorder::{Recorder, Recording};
+pub(crate) use shader::is_reserved;
 pub use shader::{Constant, Shader, templates};
 pub use stats::Counters;
+pub(crate) use tensor::wgsl_type;
 pub use tensor::{DType, Tensor};
 
 use crate::{Error, Result};
@@ -177,6 +181,7 @@ impl Gpu {
             return Ok(pipeline.clone());
         }
         let text = shader.expand(&inner.templates)?;
+        let layout = self.layout(&text);
         let started = std::time::Instant::now();
         let pipeline = self.checked(shader.kernel, || {
             let descriptor = wgpu::ShaderModuleDescriptor {
@@ -197,7 +202,7 @@ impl Gpu {
                 .device
                 .create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
                     label: Some(shader.kernel),
-                    layout: None,
+                    layout: Some(&layout),
                     module: &module,
                     entry_point: Some("main"),
                     compilation_options: wgpu::PipelineCompilationOptions {
@@ -218,6 +223,42 @@ impl Gpu {
             .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         lock(&inner.pipelines).insert(shader.clone(), pipeline.clone());
         Ok(pipeline)
+    }
+
+    /// The layout of the bindings that a kernel declares, a line each, whether it uses them or not.
+    fn layout(&self, text: &str) -> wgpu::PipelineLayout {
+        let bindings = text.lines().filter_map(|line| {
+            let (binding, rest) = line
+                .trim()
+                .strip_prefix("@group(0) @binding(")?
+                .split_once(") var<")?;
+            let ty = match rest.split_once('>')?.0 {
+                "uniform" => wgpu::BufferBindingType::Uniform,
+                access => wgpu::BufferBindingType::Storage {
+                    read_only: access == "storage, read",
+                },
+            };
+            Some(wgpu::BindGroupLayoutEntry {
+                binding: binding.parse().ok()?,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty,
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+        });
+        let device = &self.0.device;
+        let group = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: None,
+            entries: &bindings.collect::<Vec<_>>(),
+        });
+        device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: None,
+            bind_group_layouts: &[Some(&group)],
+            immediate_size: 0,
+        })
     }
 
     /// Runs `make` and turns what the device says of it into an [`Error`].
@@ -341,6 +382,11 @@ impl Gpu {
                     values.iter().map(|&x| half::f16::from_f32(x)).collect();
                 self.upload(label, dtype, shape, bytemuck::cast_slice(&halves))
             }
+            DType::BF16 => {
+                let halves: Vec<half::bf16> =
+                    values.iter().map(|&x| half::bf16::from_f32(x)).collect();
+                self.upload(label, dtype, shape, bytemuck::cast_slice(&halves))
+            }
             _ => self.upload(label, dtype, shape, bytemuck::cast_slice(values)),
         }
     }
@@ -390,6 +436,10 @@ impl Gpu {
     pub(crate) fn submit(&self, recording: &Recording) -> Result<wgpu::SubmissionIndex> {
         let mut encoder = self.0.device.create_command_encoder(&Default::default());
         recording.encode(&mut encoder);
+        self.submit_encoder(encoder)
+    }
+
+    fn submit_encoder(&self, encoder: wgpu::CommandEncoder) -> Result<wgpu::SubmissionIndex> {
         self.0
             .stats
             .submits
@@ -425,6 +475,16 @@ impl Gpu {
         read: impl FnOnce(&[u8]) -> T,
     ) -> Result<T> {
         let index = self.submit(recording)?;
+        self.read_staging(index, staging, read)
+    }
+
+    /// Waits for the submission that fills `staging`, and hands the staging bytes to `read`.
+    fn read_staging<T>(
+        &self,
+        index: wgpu::SubmissionIndex,
+        staging: &Tensor,
+        read: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
         let (tell, told) = std::sync::mpsc::channel();
         staging
             .buffer()
@@ -466,6 +526,10 @@ impl Gpu {
             DType::F16 => bytes
                 .chunks_exact(2)
                 .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
+                .collect(),
+            DType::BF16 => bytes
+                .chunks_exact(2)
+                .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
                 .collect(),
             _ => bytemuck::pod_collect_to_vec(&bytes),
         })

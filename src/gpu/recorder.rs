@@ -9,8 +9,14 @@ struct Dispatch {
     kernel: &'static str,
     params_at: u64,
     params_len: u64,
-    bindings: Vec<Tensor>,
+    bindings: Vec<Slice>,
     groups: [u32; 3],
+}
+
+/// A tensor, or those bytes of it, as a kernel sees it.
+pub(crate) struct Slice {
+    pub tensor: Tensor,
+    pub bytes: Option<[u64; 2]>,
 }
 
 enum Command {
@@ -49,12 +55,27 @@ impl<'g> Recorder<'g> {
         bindings: &[&Tensor],
         groups: u64,
     ) -> Result<()> {
+        let slices = bindings.iter().map(|&tensor| Slice {
+            tensor: tensor.clone(),
+            bytes: None,
+        });
+        self.dispatch_slices(shader, params, slices.collect(), groups)
+    }
+
+    /// [`Recorder::dispatch`] on parts of tensors; an offset is a multiple of the device's alignment.
+    pub(crate) fn dispatch_slices<P: bytemuck::Pod>(
+        &mut self,
+        shader: &Shader,
+        params: P,
+        bindings: Vec<Slice>,
+        groups: u64,
+    ) -> Result<()> {
         if groups == 0 {
             return Ok(());
         }
         let caps = self.gpu.caps();
-        for tensor in bindings {
-            let bytes = tensor.buffer().size();
+        for Slice { tensor, bytes } in &bindings {
+            let bytes = bytes.map_or(tensor.buffer().size(), |[from, to]| to - from);
             if bytes > caps.max_binding {
                 return Err(Error::refused(
                     format!(
@@ -84,7 +105,7 @@ impl<'g> Recorder<'g> {
             kernel: shader.kernel,
             params_at,
             params_len: size_of::<P>() as u64,
-            bindings: bindings.iter().map(|&t| t.clone()).collect(),
+            bindings,
             groups,
         }));
         Ok(())
@@ -116,10 +137,16 @@ impl<'g> Recorder<'g> {
                                 size: wgpu::BufferSize::new(dispatch.params_len),
                             }),
                         }];
-                        entries.extend(dispatch.bindings.iter().enumerate().map(|(ix, tensor)| {
+                        entries.extend(dispatch.bindings.iter().enumerate().map(|(ix, slice)| {
+                            let [from, to] =
+                                slice.bytes.unwrap_or([0, slice.tensor.buffer().size()]);
                             wgpu::BindGroupEntry {
                                 binding: ix as u32 + 1,
-                                resource: tensor.buffer().as_entire_binding(),
+                                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                                    buffer: slice.tensor.buffer(),
+                                    offset: from,
+                                    size: wgpu::BufferSize::new(to - from),
+                                }),
                             }
                         }));
                         let bind_group = device.create_bind_group(&wgpu::BindGroupDescriptor {
@@ -163,27 +190,54 @@ pub struct Recording {
 impl Recording {
     /// Writes the commands into an encoder. Nothing is submitted.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) {
-        let mut steps = self.steps.iter().peekable();
-        while let Some(step) = steps.peek() {
-            match step {
-                Step::Copy(from, to, at) => {
-                    let bytes = (from.len() * from.dtype.size()).next_multiple_of(4);
-                    encoder.copy_buffer_to_buffer(from.buffer(), 0, to, *at, bytes);
-                    steps.next();
-                }
-                Step::Dispatch { .. } => {
-                    let mut pass = encoder.begin_compute_pass(&Default::default());
-                    while let Some(Step::Dispatch {
-                        pipeline,
-                        bind_group,
-                        groups,
-                    }) = steps.next_if(|step| matches!(step, Step::Dispatch { .. }))
-                    {
-                        pass.set_pipeline(pipeline);
-                        pass.set_bind_group(0, bind_group, &[]);
-                        pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
-                    }
-                }
+        self.encode_timed(encoder, None);
+    }
+
+    /// [`Recording::encode`], and where there are queries: the device's clock at the beginning of the
+    /// first compute pass goes to query 0, and at the end of the last one to query 1.
+    pub(super) fn encode_timed(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        queries: Option<&wgpu::QuerySet>,
+    ) {
+        let is_dispatch = |step: &Step| matches!(step, Step::Dispatch { .. });
+        let first = self.steps.iter().position(is_dispatch);
+        let last = self.steps.iter().rposition(is_dispatch);
+        let mut steps = self.steps.iter().enumerate().peekable();
+        while let Some(&(from, step)) = steps.peek() {
+            if let Step::Copy(tensor, to, at) = step {
+                let bytes = (tensor.len() * tensor.dtype.size()).next_multiple_of(4);
+                encoder.copy_buffer_to_buffer(tensor.buffer(), 0, to, *at, bytes);
+                steps.next();
+                continue;
+            }
+            let dispatches = self.steps[from..]
+                .iter()
+                .take_while(|step| is_dispatch(step));
+            let to = from + dispatches.count() - 1;
+            let begins = (Some(from) == first).then_some(0);
+            let ends = (Some(to) == last).then_some(1);
+            let timestamps = queries.filter(|_| begins.or(ends).is_some());
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                label: None,
+                timestamp_writes: timestamps.map(|query_set| wgpu::ComputePassTimestampWrites {
+                    query_set,
+                    beginning_of_pass_write_index: begins,
+                    end_of_pass_write_index: ends,
+                }),
+            });
+            while let Some((
+                _,
+                Step::Dispatch {
+                    pipeline,
+                    bind_group,
+                    groups,
+                },
+            )) = steps.next_if(|(_, step)| is_dispatch(step))
+            {
+                pass.set_pipeline(pipeline);
+                pass.set_bind_group(0, bind_group, &[]);
+                pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
             }
         }
     }

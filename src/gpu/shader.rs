@@ -1,6 +1,7 @@
 //! Kernels as text: a template and its constants give WGSL. The whole value is the pipeline's key.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, OnceLock};
 
 use crate::{Error, Result};
 
@@ -13,6 +14,10 @@ pub enum Constant {
     Size(u32),
     /// A type or a name of WGSL, `f16`.
     Word(&'static str),
+    /// WGSL of the caller's.
+    Text(Arc<str>),
+    /// Storage buffers that a kernel reads: name and element type.
+    Tables(Vec<(Arc<str>, &'static str)>),
 }
 
 impl From<bool> for Constant {
@@ -28,6 +33,16 @@ impl From<u32> for Constant {
 impl From<&'static str> for Constant {
     fn from(value: &'static str) -> Self {
         Constant::Word(value)
+    }
+}
+impl From<Arc<str>> for Constant {
+    fn from(value: Arc<str>) -> Self {
+        Constant::Text(value)
+    }
+}
+impl From<Vec<(Arc<str>, &'static str)>> for Constant {
+    fn from(value: Vec<(Arc<str>, &'static str)>) -> Self {
+        Constant::Tables(value)
     }
 }
 
@@ -48,13 +63,17 @@ macro_rules! sources {
 /// Every text under `shaders/`, by name.
 const SOURCES: &[(&str, &str)] = sources![
     "shared/activation",
+    "shared/decode",
     "shared/linear",
     "shared/problem",
     "shared/rows",
     "shared/score",
     "append",
+    "block_map",
     "choose",
+    "combine",
     "decode",
+    "decode_lanes",
     "embed",
     "matmul",
     "matvec",
@@ -92,9 +111,17 @@ impl Shader {
                     Constant::Flag(flag) => (*flag).into(),
                     Constant::Size(size) => (*size).into(),
                     Constant::Word(word) => (*word).into(),
+                    Constant::Text(text) => text.to_string().into(),
+                    Constant::Tables(tables) => tables
+                        .iter()
+                        .map(|(name, element)| {
+                            vec![name.to_string(), "read".into(), element.to_string()]
+                        })
+                        .collect(),
                 };
                 (*name, value)
             })
+            .chain([("BROWSER", cfg!(target_family = "wasm").into())])
             .collect();
         templates
             .get_template(&format!("{}.wgsl", self.kernel))
@@ -114,4 +141,50 @@ pub fn templates() -> minijinja::Environment<'static> {
             .expect("the shaders' templates parse, which a test asserts");
     }
     templates
+}
+
+/// Whether a kernel has a function, a type, a constant or a variable of that name at its outermost level.
+pub fn is_reserved(name: &str) -> bool {
+    static NAMES: OnceLock<HashSet<&str>> = OnceLock::new();
+    let names = NAMES.get_or_init(|| {
+        let mut names = HashSet::new();
+        for line in SOURCES.iter().flat_map(|(_, text)| text.lines()) {
+            let words = line
+                .strip_prefix("fn ")
+                .or(line.strip_prefix("const "))
+                .or(line.strip_prefix("struct "))
+                .or(line
+                    .split_once("var<")
+                    .and_then(|(_, rest)| rest.split_once("> "))
+                    .map(|(_, rest)| rest));
+            let end = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+            names.extend(words.and_then(|rest| rest.split(end).next()));
+        }
+        // Tensors and tables, whose declarations are made from lists.
+        names.extend([
+            "q",
+            "k",
+            "v",
+            "o",
+            "weights",
+            "stage",
+            "lse",
+            "parts",
+            "block_map",
+            "kv_len",
+            "q_offset",
+            "prefix_len",
+            "cu_q",
+            "cu_k",
+            "rows",
+            "bias",
+            "mask",
+            "alibi",
+            "t5",
+            "sinks",
+            "qkv_calls",
+        ]);
+        names
+    });
+    names.contains(name)
 }

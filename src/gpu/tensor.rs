@@ -11,26 +11,49 @@ pub enum DType {
     F32,
     /// 16-bit IEEE floats.
     F16,
+    /// 16-bit floats with the exponents of f32; kernels unpack them by their bits.
+    BF16,
     /// 32-bit unsigned integers: token ids, lengths.
     U32,
+    /// 32-bit signed integers: offsets.
+    I32,
+    /// One byte each, zero or not: masks.
+    Bool,
 }
 
 impl DType {
     /// Bytes of one element.
     pub fn size(self) -> u64 {
         match self {
-            DType::F32 | DType::U32 => 4,
-            DType::F16 => 2,
+            DType::F32 | DType::U32 | DType::I32 => 4,
+            DType::F16 | DType::BF16 => 2,
+            DType::Bool => 1,
         }
     }
 
-    /// The type's name in WGSL.
-    pub fn wgsl(self) -> &'static str {
+    /// The type's name in shader templates: WGSL's own, and `bf16` and `bool`, which WGSL cannot store.
+    pub fn name(self) -> &'static str {
         match self {
             DType::F32 => "f32",
             DType::F16 => "f16",
+            DType::BF16 => "bf16",
             DType::U32 => "u32",
+            DType::I32 => "i32",
+            DType::Bool => "bool",
         }
+    }
+
+    /// Whether it stores floats.
+    pub fn is_float(self) -> bool {
+        matches!(self, DType::F32 | DType::F16 | DType::BF16)
+    }
+}
+
+/// The element type of a buffer of that type in WGSL; smaller ones are unpacked from u32 words.
+pub fn wgsl_type(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 | DType::Bool => "u32",
+        other => other.name(),
     }
 }
 

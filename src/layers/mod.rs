@@ -241,13 +241,14 @@ impl<'r, 'g> Stream<'r, 'g> {
             Epilogue::default(),
         )?;
         let tensors = Tensors {
-            q: self.batch.part(&self.projected, 3, 0)?,
-            k: self.batch.part(&self.projected, 3, 1)?,
-            v: self.batch.part(&self.projected, 3, 2)?,
-            out: self.batch.part(&self.mixed, 1, 0)?,
             kv_len,
-            rows: None,
             weights: tap,
+            ..Tensors::new(
+                self.batch.part(&self.projected, 3, 0)?,
+                self.batch.part(&self.projected, 3, 1)?,
+                self.batch.part(&self.projected, 3, 2)?,
+                self.batch.part(&self.mixed, 1, 0)?,
+            )
         };
         let options = Options {
             causal,
@@ -283,13 +284,14 @@ impl<'r, 'g> Stream<'r, 'g> {
             v,
         )?;
         let tensors = Tensors {
-            q: self.batch.part(&self.projected, 3, 0)?,
-            k: View::bhld(k)?,
-            v: View::bhld(v)?,
-            out: self.batch.part(&self.mixed, 1, 0)?,
             kv_len: Some(&cache.lengths),
             rows: cache.rows.as_ref(),
-            weights: None,
+            ..Tensors::new(
+                self.batch.part(&self.projected, 3, 0)?,
+                View::bhld(k)?,
+                View::bhld(v)?,
+                self.batch.part(&self.mixed, 1, 0)?,
+            )
         };
         attention::record(self.recorder, &tensors, &Options::default())?;
         let mixed = self.mixed.clone();
@@ -313,13 +315,14 @@ impl<'r, 'g> Stream<'r, 'g> {
             ..self.batch
         };
         let tensors = Tensors {
-            q: self.batch.part(&q, 1, 0)?,
-            k: kv.part(source.kv, 2, 0)?,
-            v: kv.part(source.kv, 2, 1)?,
-            out: self.batch.part(&self.mixed, 1, 0)?,
             kv_len: Some(source.lengths),
-            rows: None,
             weights: tap,
+            ..Tensors::new(
+                self.batch.part(&q, 1, 0)?,
+                kv.part(source.kv, 2, 0)?,
+                kv.part(source.kv, 2, 1)?,
+                self.batch.part(&self.mixed, 1, 0)?,
+            )
         };
         attention::record(self.recorder, &tensors, &Options::default())?;
         let mixed = self.mixed.clone();

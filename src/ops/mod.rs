@@ -120,9 +120,9 @@ pub fn matmul(
     let types = [x.dtype, linear.weight.dtype, y.dtype];
     let shader = Shader::new(if m < MANY_ROWS { "matvec" } else { "matmul" })
         .with("F16", types.contains(&DType::F16))
-        .with("T", x.dtype.wgsl())
-        .with("W_TYPE", linear.weight.dtype.wgsl())
-        .with("O_TYPE", y.dtype.wgsl())
+        .with("T", x.dtype.name())
+        .with("W_TYPE", linear.weight.dtype.name())
+        .with("O_TYPE", y.dtype.name())
         .with("VEC", if k.is_multiple_of(4) { 4u32 } else { 1 })
         .with("ROWS", rows)
         .with("HAS_BIAS", linear.bias.is_some())
@@ -160,7 +160,7 @@ pub fn norm(recorder: &mut Recorder, x: &Tensor, norm: &Norm, y: &Tensor) -> Res
     holds("a norm's beta", &norm.beta, DType::F32, width as u64)?;
     let shader = Shader::new("norm")
         .with("F16", x.dtype == DType::F16)
-        .with("T", x.dtype.wgsl());
+        .with("T", x.dtype.name());
     let params = [rows, width, norm.eps.to_bits(), 0];
     recorder.dispatch(
         &shader,
@@ -217,8 +217,8 @@ pub fn embed(
     let types = [embedding.table.dtype, x.dtype];
     let shader = Shader::new("embed")
         .with("F16", types.contains(&DType::F16))
-        .with("T", x.dtype.wgsl())
-        .with("W_TYPE", embedding.table.dtype.wgsl())
+        .with("T", x.dtype.name())
+        .with("W_TYPE", embedding.table.dtype.name())
         .with("HAS_LENGTHS", matches!(places, Places::Lengths(_)));
     let mut bindings = vec![ids, &embedding.table, &embedding.positions, x];
     let row_len = match places {
@@ -285,7 +285,7 @@ pub fn append(
     )?;
     let shader = Shader::new("append")
         .with("F16", qkv.dtype == DType::F16)
-        .with("T", qkv.dtype.wgsl());
+        .with("T", qkv.dtype.name());
     let stride = (qkv.len() / rows as u64) as u32;
     let params = [
         rows,

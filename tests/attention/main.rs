@@ -7,6 +7,7 @@
 mod compare;
 #[path = "../support/grid.rs"]
 mod grid;
+mod options;
 mod plans;
 mod problems;
 
@@ -16,11 +17,12 @@ use std::sync::OnceLock;
 use grid::{Case, Place, Prepared};
 use qkv::Error;
 use qkv::attention::{
-    Align, MAX_HEAD_DIM, Options, Plan, Problem, Route, Tensors, View, plan, record,
+    Align, MAX_HEAD_DIM, Options, Plan, Problem, Route, Stage, T5, Tensors, View, plan, record,
 };
 use qkv::gpu::{Caps, DType, Gpu, Recorder, Tensor};
 
 const F16: DType = DType::F16;
+const BF16: DType = DType::BF16;
 const F32: DType = DType::F32;
 
 /// The masks that are ranges: none, causal in both alignments; each with and without key lengths.
@@ -40,15 +42,15 @@ fn judge(gpu: &Gpu, cases: &[Case], wanted_runs: usize) {
         let prepared = Prepared::new(gpu, case, seed as u64);
         let mut forced = Vec::new();
         for route in Route::ALL {
-            let answer = prepared.run(Some(route), None, false).unwrap();
+            let answer = prepared.run(Some(route), None, None).unwrap();
             assert_eq!(answer.plan.route, route);
             forced.push(answer);
         }
         // The same plan gives the same bits.
-        let chosen = prepared.run(None, None, false).unwrap();
+        let chosen = prepared.run(None, None, None).unwrap();
         let same = forced.iter().find(|answer| answer.plan == chosen.plan);
         assert_eq!(same.expect("a forced route").out, chosen.out, "{case:?}");
-        let weighed = prepared.run(None, None, true).unwrap();
+        let weighed = prepared.run(None, None, Some(Stage::Softmax)).unwrap();
         assert_eq!(weighed.plan.route, Route::ThreePass);
         assert_eq!(forced[0].out, weighed.out, "{case:?}");
         runs += forced.len() + 2;
@@ -189,6 +191,7 @@ fn views_with_offsets_and_strides_equal_the_oracle() {
             Place::Packed,
             Place::Gaps(4),
             Place::Gaps(3),
+            Place::Transposed,
         ] {
             for len in [[9, 9], [35, 35]] {
                 cases.push(Case {
@@ -198,16 +201,19 @@ fn views_with_offsets_and_strides_equal_the_oracle() {
             }
         }
     }
-    judge(gpu(), &cases, 5 * 20);
+    judge(gpu(), &cases, 5 * 24);
 }
 
 #[test]
 fn every_mix_of_storage_types_equals_the_oracle() {
     let mixes = [
-        [F16, F16, F16],
-        [F32, F16, F32],
-        [F16, F32, F16],
-        [F32, F32, F16],
+        [F16, F16, F16, F16],
+        [F32, F16, F16, F32],
+        [F16, F32, BF16, F16],
+        [F32, F16, F32, F16],
+        [BF16, BF16, BF16, BF16],
+        [F32, BF16, F16, F32],
+        [BF16, F32, F32, BF16],
     ];
     let mut cases = Vec::new();
     for types in mixes {
@@ -227,7 +233,7 @@ fn every_mix_of_storage_types_equals_the_oracle() {
         }
     }
     match gpu().caps().f16 {
-        true => judge(gpu(), &cases, 5 * 24),
+        true => judge(gpu(), &cases, 5 * 42),
         false => println!("0 runs: this device has no f16"),
     }
 }
@@ -271,7 +277,7 @@ fn every_split_of_the_keys_equals_the_oracle_and_repeats_its_bits() {
                 for splits in [1, 2, 3, 7] {
                     let [first, second] = [0, 1].map(|_| {
                         prepared
-                            .run(Some(Route::Decode), Some(splits), false)
+                            .run(Some(Route::Decode), Some(splits), None)
                             .unwrap()
                     });
                     assert_eq!(first, second, "the same bits in every run");
@@ -316,7 +322,7 @@ fn every_set_of_powers_equals_the_oracle() {
         let narrow = gpu().narrowed(caps);
         judge(&narrow, &some_cases(), 10);
         let prepared = Prepared::new(&narrow, &some_cases()[1], 3);
-        let split = prepared.run(Some(Route::Decode), Some(2), false).unwrap();
+        let split = prepared.run(Some(Route::Decode), Some(2), None).unwrap();
         assert_eq!(split.plan.splits, 2);
     }
 }
@@ -325,8 +331,8 @@ fn every_set_of_powers_equals_the_oracle() {
 fn a_device_without_f16_refuses_it_by_name() {
     for caps in [gpu().caps().without_f16(), gpu().caps().browser()] {
         let narrow = gpu().narrowed(caps);
-        for place in 0..3 {
-            let mut types = [F32; 3];
+        for place in 0..4 {
+            let mut types = [F32; 4];
             types[place] = F16;
             let case = Case {
                 types,
@@ -334,7 +340,7 @@ fn a_device_without_f16_refuses_it_by_name() {
             };
             let prepared = Prepared::new(&narrow, &case, 0);
             for route in Route::ALL.map(Some).into_iter().chain([None]) {
-                let said = prepared.run(route, None, false).unwrap_err();
+                let said = prepared.run(route, None, None).unwrap_err();
                 assert!(said.contains("f16"), "{said}");
             }
         }
@@ -348,10 +354,10 @@ fn limits_of_the_device_are_refused_by_name() {
     for (caps, word) in [
         (
             Caps {
-                max_binding: 1024,
+                max_binding: 512,
                 ..full.clone()
             },
-            "a tensor of shape",
+            "bytes for one head of one batch row",
         ),
         (
             Caps {
@@ -370,7 +376,7 @@ fn limits_of_the_device_are_refused_by_name() {
     ] {
         let narrow = gpu().narrowed(caps);
         let prepared = Prepared::new(gpu(), &cases[1], 0).on(&narrow);
-        let said = prepared.run(None, None, false).unwrap_err();
+        let said = prepared.run(None, None, None).unwrap_err();
         assert!(said.contains(word), "{said}");
     }
 }
@@ -380,7 +386,7 @@ fn a_wrong_answer_is_objected_to() {
     let mut prepared = Prepared::new(gpu(), &some_cases()[0], 0);
     prepared.spoil();
     for route in Route::ALL {
-        let said = prepared.run(Some(route), None, false).unwrap_err();
+        let said = prepared.run(Some(route), None, None).unwrap_err();
         assert!(
             said.contains("1 of 60 rows are wrong; first row 59"),
             "{said}"

@@ -6,7 +6,6 @@ use super::*;
 pub struct Parts {
     pub input: Tensor,
     integers: Tensor,
-    halves: Tensor,
     pub output: Tensor,
 }
 
@@ -16,22 +15,18 @@ impl Parts {
         Parts {
             input: make("input", F32),
             integers: make("integers", DType::U32),
-            halves: make("halves", F16),
             output: make("output", F32),
         }
     }
 
     /// A sound problem: B 2, H 4, Hk 2, Q 5, K 7, D 12, Dv 8.
     fn tensors(&self) -> Tensors<'_> {
-        Tensors {
-            q: dense(&self.input, [2, 4, 5, 12]),
-            k: dense(&self.input, [2, 2, 7, 12]),
-            v: dense(&self.input, [2, 2, 7, 8]),
-            out: dense(&self.output, [2, 4, 5, 8]),
-            kv_len: None,
-            rows: None,
-            weights: None,
-        }
+        Tensors::new(
+            dense(&self.input, [2, 4, 5, 12]),
+            dense(&self.input, [2, 2, 7, 12]),
+            dense(&self.input, [2, 2, 7, 8]),
+            dense(&self.output, [2, 4, 5, 8]),
+        )
     }
 }
 
@@ -88,7 +83,7 @@ fn bad_problems_are_refused_by_the_argument_at_fault() {
         (name, Box::new(spoil))
     }
     let (input, output) = (&parts.input, &parts.output);
-    let (integers, halves) = (&parts.integers, &parts.halves);
+    let integers = &parts.integers;
     let view = dense;
     let cases = [
         table("q", |t, _| t.q = view(input, [0, 4, 5, 12])),
@@ -118,7 +113,7 @@ fn bad_problems_are_refused_by_the_argument_at_fault() {
         table("q", |t, _| t.q = view(integers, [2, 4, 5, 12])),
         table("k", |t, _| t.k = view(integers, [2, 2, 7, 12])),
         table("out", |t, _| t.out = view(integers, [2, 4, 5, 8])),
-        table("v's type", |t, _| t.v = view(halves, [2, 2, 7, 8])),
+        table("v", |t, _| t.v = view(integers, [2, 2, 7, 8])),
         table("scale", |_, o| o.scale = Some(f32::NAN)),
         table("scale", |_, o| o.scale = Some(f32::INFINITY)),
         table("kv_len", |t, _| t.kv_len = Some(three_lengths)),

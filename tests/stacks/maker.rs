@@ -104,7 +104,7 @@ impl Maker {
             false => DType::F32,
         };
         let values: Vec<f64> = (0..shape.iter().product())
-            .map(|_| round_to(storage.wgsl(), middle + spread * self.random.float()))
+            .map(|_| round_to(storage.name(), middle + spread * self.random.float()))
             .collect();
         let floats = values.iter().map(|&x| x as f32).collect();
         self.file.insert(name.to_string(), (shape.to_vec(), floats));

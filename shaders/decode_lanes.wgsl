@@ -1,0 +1,149 @@
+// decode_lanes: what `decode` computes, with keys and weights passed between the lanes of a subgroup.
+//
+//   a team of LANES lanes holds m, l and O of its own; the teams of the workgroup take turns at the keys
+//   for each LANES keys:
+//     lane = key:              s[r] = score(q[r] . k)
+//     team:                    m' = max(m, max s) by shuffles; p = exp2(s - m')
+//     lane = 4 columns (and every LANES-th further):  for each key: O[r] = O[r] * a + shuffle(p[r], key) V
+//   merge the teams; O / l, or (O, m, l) for `merge` where the key axis has several parts
+//
+// Tricks: no barrier and no workgroup memory in the loop but for reads of Q; each row of V is read by the
+// team at once. LANES is at most the smallest subgroup of the device, so any size of it will do.
+{% if F16 %}
+enable f16;
+{% endif %}
+{% if BROWSER %}
+enable subgroups;
+{% endif %}
+{% include "shared/decode.wgsl" %}
+{% set CAREFUL = FEW_SEE or HAS_BIAS or HAS_SCORE_MOD or HAS_MASK or HAS_MASK_MOD %}
+{% set UNROLL = 8 if LANES > 8 else LANES %}
+
+const ROWS = {{ ROWS }}u;
+const QUADS = {{ QUADS }}u;     // vec4s in a row of Q
+const LANES = {{ LANES }}u;     // of a team
+const TEAMS = {{ 64 // LANES }}u;
+
+var<workgroup> wg_q: array<vec4<f32>, {{ ROWS * QUADS }}>;
+var<workgroup> wg_m: array<f32, {{ ROWS * (64 // LANES) }}>;
+var<workgroup> wg_l: array<f32, {{ ROWS * (64 // LANES) }}>;
+var<workgroup> wg_o: array<vec4<f32>, 64>;
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) subgroup_lanes: u32,
+    @builtin(subgroup_invocation_id) subgroup_lane: u32,
+) {
+    let thread = subgroup * subgroup_lanes + subgroup_lane;
+    let index = P.block_from + workgroup_index(group, groups);
+    if (index >= P.count) { return; }
+    let work = work_of(index);
+    if (work.rows == 0u) { return; }
+    let lane = thread % LANES;
+    let team = thread / LANES;
+    let team_lane = subgroup_lane - lane;   // the team's first lane in the subgroup
+
+{% for r in range(ROWS) %}
+    let row_{{ r }} = row_of(work, {{ r }}u);
+    let position_{{ r }} = work.start + i32(row_{{ r }}.y);
+    let keys_{{ r }} = keys_of(work.b, position_{{ r }}, work.length);
+    for (var n = thread; n < QUADS; n += 64u) {
+        wg_q[{{ r }}u * QUADS + n] = load_q(query_at(P.q_at, work.b, row_{{ r }}.x, row_{{ r }}.y), n * 4u);
+    }
+    var m_{{ r }} = NEVER;
+    var l_{{ r }} = 0.0;
+{% for c in range(CHUNKS) %}
+    var o_{{ r }}_{{ c }} = vec4<f32>();
+{% endfor %}
+{% endfor %}
+    workgroupBarrier();
+
+    // Every team takes as many steps, so that shuffles meet all lanes; keys past the end weigh nothing.
+    let steps = (max(work.to_key, work.from_key) - work.from_key + 63u) / 64u;
+    for (var step = 0u; step < steps; step += 1u) {
+        let j_from = work.from_key + step * 64u + team * LANES;
+        let j = j_from + lane;
+        let k_row = key_at(P.k_at, work.kb, work.kh, min(j, work.to_key - 1u));
+{% for r in range(ROWS) %}
+        var s_{{ r }} = 0.0;
+{% endfor %}
+        for (var n = 0u; n < QUADS; n += 1u) {
+            let x = load_k(k_row, n * 4u);
+{% for r in range(ROWS) %}
+            s_{{ r }} += dot(wg_q[{{ r }}u * QUADS + n], x);
+{% endfor %}
+        }
+{% for r in range(ROWS) %}
+        s_{{ r }} = select(NEVER, score(s_{{ r }}, keys_{{ r }}, work.b, row_{{ r }}.x, row_{{ r }}.y, j, position_{{ r }}), j < work.to_key);
+        var top_{{ r }} = s_{{ r }};
+{% for step in [1, 2, 4, 8, 16, 32] %}{% if step < LANES %}
+        top_{{ r }} = max(top_{{ r }}, subgroupShuffleXor(top_{{ r }}, {{ step }}u));
+{% endif %}{% endfor %}
+        if (top_{{ r }} > m_{{ r }} + 8.0) {
+            let shrink = exp2(m_{{ r }} - top_{{ r }});
+            m_{{ r }} = top_{{ r }};
+            l_{{ r }} *= shrink;
+{% for c in range(CHUNKS) %}
+            o_{{ r }}_{{ c }} *= shrink;
+{% endfor %}
+        }
+        let p_{{ r }} = select(exp2(s_{{ r }} - m_{{ r }}), 0.0, s_{{ r }} <= NEVER);
+        l_{{ r }} += p_{{ r }};
+{% endfor %}
+        for (var n = 0u; n < LANES; n += {{ UNROLL }}u) {
+{% for u in range(UNROLL) %}
+            {
+                let v_row = key_at(P.v_at, work.kb, work.kh, min(j_from + n + {{ u }}u, work.to_key - 1u));
+{% for r in range(ROWS) %}
+                let w_{{ r }} = {% if EXACT and LANES == UNROLL %}subgroupBroadcast(p_{{ r }}, {{ u }}u){% else %}subgroupShuffle(p_{{ r }}, team_lane + n + {{ u }}u){% endif %};
+{% endfor %}
+{% for c in range(CHUNKS) %}
+                let v_{{ c }} = load_v(v_row, (lane + {{ c }}u * LANES) * 4u);
+{% for r in range(ROWS) %}
+{% if CAREFUL %}
+                o_{{ r }}_{{ c }} += select(w_{{ r }} * v_{{ c }}, vec4<f32>(), w_{{ r }} == 0.0);
+{% else %}
+                o_{{ r }}_{{ c }} += w_{{ r }} * v_{{ c }};
+{% endif %}
+{% endfor %}
+{% endfor %}
+            }
+{% endfor %}
+        }
+    }
+
+{% for r in range(ROWS) %}
+{% for step in [1, 2, 4, 8, 16, 32] %}{% if step < LANES %}
+    l_{{ r }} += subgroupShuffleXor(l_{{ r }}, {{ step }}u);
+{% endif %}{% endfor %}
+    if (lane == 0u) {
+        wg_m[{{ r }}u * TEAMS + team] = m_{{ r }};
+        wg_l[{{ r }}u * TEAMS + team] = l_{{ r }};
+    }
+{% endfor %}
+    workgroupBarrier();
+{% for r in range(ROWS) %}
+    // Row {{ r }}: the teams' maxima and denominators into one, then their parts of O.
+    var all_m_{{ r }} = NEVER;
+    for (var n = 0u; n < TEAMS; n += 1u) { all_m_{{ r }} = max(all_m_{{ r }}, wg_m[{{ r }}u * TEAMS + n]); }
+    var all_l_{{ r }} = 0.0;
+    for (var n = 0u; n < TEAMS; n += 1u) {
+        all_l_{{ r }} += wg_l[{{ r }}u * TEAMS + n] * exp2(wg_m[{{ r }}u * TEAMS + n] - all_m_{{ r }});
+    }
+    let over_{{ r }} = finish_row(work, {{ r }}u, all_m_{{ r }}, all_l_{{ r }}, thread);
+    let shrink_{{ r }} = exp2(m_{{ r }} - all_m_{{ r }});
+{% for c in range(CHUNKS) %}
+    workgroupBarrier();
+    wg_o[thread] = o_{{ r }}_{{ c }} * shrink_{{ r }};
+    workgroupBarrier();
+    if (thread < LANES) {
+        var sum = vec4<f32>();
+        for (var n = 0u; n < TEAMS; n += 1u) { sum += wg_o[n * LANES + thread]; }
+        write_row(work, {{ r }}u, (thread + {{ c }}u * LANES) * 4u, sum * over_{{ r }});
+    }
+{% endfor %}
+{% endfor %}
+}
