@@ -24,6 +24,7 @@ const SLICES = {{ SLICES }}u;   // slices of the keys, COLUMNS threads each
 var<workgroup> wg_q: array<vec4<f32>, {{ ROWS * QUADS }}>;
 var<workgroup> wg_m: array<f32, {{ ROWS * 64 }}>;         // each thread's maximum, 64 a row
 var<workgroup> wg_p: array<f32, {{ ROWS * 256 }}>;        // weights, 256 a row
+var<workgroup> wg_over: array<f32, ROWS>;
 var<workgroup> wg_o: array<vec4<f32>, 64>;
 
 @compute @workgroup_size(64)
@@ -37,13 +38,11 @@ fn main(
     let work = work_of(index);
     if (work.rows == 0u) { return; }
 
+    stage_queries(work, thread);
 {% for r in range(ROWS) %}
     let row_{{ r }} = row_of(work, {{ r }}u);
     let position_{{ r }} = work.start + i32(row_{{ r }}.y);
     let keys_{{ r }} = keys_of(work.b, position_{{ r }}, work.length);
-    for (var n = thread; n < QUADS; n += 64u) {
-        wg_q[{{ r }}u * QUADS + n] = load_q(query_at(P.q_at, work.b, row_{{ r }}.x, row_{{ r }}.y), n * 4u);
-    }
     var m_{{ r }} = NEVER;
     var l_{{ r }} = 0.0;
 {% for c in range(CHUNKS) %}
@@ -59,31 +58,33 @@ fn main(
 {% for r in range(ROWS) %}
         var s_{{ r }} = vec4<f32>();
 {% endfor %}
-{% for e in range(4) %}
-        {
-            let j = j_from + thread + {{ 64 * e }}u;
+        for (var e = 0u; e < 4u{{ ROLL }}; e += 1u) {
+            let j = j_from + thread + 64u * e;
+{% for r in range(ROWS) %}
+            var x_{{ r }} = 0.0;
+{% endfor %}
             if (j < work.to_key) {
                 let at = key_at(P.k_at, work.kb, work.kh, j);
-                for (var n = 0u; n < QUADS; n += 1u) {
+                for (var n = 0u; n < QUADS{{ ROLL }}; n += 1u) {
                     let x = load_k(at, n * 4u);
 {% for r in range(ROWS) %}
-                    s_{{ r }}[{{ e }}] += dot(wg_q[{{ r }}u * QUADS + n], x);
+                    x_{{ r }} += dot(wg_q[{{ r }}u * QUADS + n], x);
 {% endfor %}
                 }
             }
 {% for r in range(ROWS) %}
             // The keys of this part end at to_key, those of the row perhaps later.
-            s_{{ r }}[{{ e }}] = select(NEVER, score(s_{{ r }}[{{ e }}], keys_{{ r }}, work.b, row_{{ r }}.x, row_{{ r }}.y, j, position_{{ r }}), j < work.to_key);
+            x_{{ r }} = select(NEVER, score(x_{{ r }}, keys_{{ r }}, work.b, row_{{ r }}.x, row_{{ r }}.y, j, position_{{ r }}), j < work.to_key);
+            s_{{ r }} = vec4<f32>(s_{{ r }}.yzw, x_{{ r }});
 {% endfor %}
         }
-{% endfor %}
 {% for r in range(ROWS) %}
         wg_m[{{ r * 64 }}u + thread] = max(max(s_{{ r }}.x, s_{{ r }}.y), max(s_{{ r }}.z, s_{{ r }}.w));
 {% endfor %}
         workgroupBarrier();
 {% for r in range(ROWS) %}
         var new_{{ r }} = m_{{ r }};
-        for (var n = 0u; n < 64u; n += 1u) { new_{{ r }} = max(new_{{ r }}, wg_m[{{ r * 64 }}u + n]); }
+        for (var n = 0u; n < 64u{{ ROLL }}; n += 1u) { new_{{ r }} = max(new_{{ r }}, wg_m[{{ r * 64 }}u + n]); }
         let shrink_{{ r }} = exp2(m_{{ r }} - new_{{ r }});
         m_{{ r }} = new_{{ r }};
         let p_{{ r }} = select(exp2(s_{{ r }} - new_{{ r }}), vec4<f32>(), s_{{ r }} <= vec4<f32>(NEVER));
@@ -119,21 +120,29 @@ fn main(
     }
 
 {% for r in range(ROWS) %}
-    // Row {{ r }}: the sum of the threads' parts of l, then of the slices' parts of O.
+    wg_m[{{ r * 64 }}u + thread] = l_{{ r }};
+{% endfor %}
     workgroupBarrier();
-    wg_m[thread] = l_{{ r }};
-    workgroupBarrier();
-    l_{{ r }} = 0.0;
-    for (var n = 0u; n < 64u; n += 1u) { l_{{ r }} += wg_m[n]; }
-    let over_{{ r }} = finish_row(work, {{ r }}u, m_{{ r }}, l_{{ r }}, thread);
+    // A thread a row: the sum of the threads' parts of l.
+    if (thread < ROWS) {
+        var top = m_0;
+{% for r in range(1, ROWS) %}
+        if (thread == {{ r }}u) { top = m_{{ r }}; }
+{% endfor %}
+        var sum = 0.0;
+        for (var n = 0u; n < 64u{{ ROLL }}; n += 1u) { sum += wg_m[thread * 64u + n]; }
+        wg_over[thread] = finish_row(work, thread, top, sum);
+    }
+    // The sum of the slices' parts of O.
+{% for r in range(ROWS) %}
 {% for c in range(CHUNKS) %}
     workgroupBarrier();
     wg_o[thread] = o_{{ r }}_{{ c }};
     workgroupBarrier();
     if (thread < COLUMNS) {
         var sum = vec4<f32>();
-        for (var n = 0u; n < SLICES; n += 1u) { sum += wg_o[n * COLUMNS + thread]; }
-        write_row(work, {{ r }}u, (thread + {{ c }}u * COLUMNS) * 4u, sum * over_{{ r }});
+        for (var n = 0u; n < SLICES{{ ROLL }}; n += 1u) { sum += wg_o[n * COLUMNS + thread]; }
+        write_row(work, {{ r }}u, (thread + {{ c }}u * COLUMNS) * 4u, sum * wg_over[{{ r }}]);
     }
 {% endfor %}
 {% endfor %}

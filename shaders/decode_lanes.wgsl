@@ -17,7 +17,6 @@ enable subgroups;
 {% endif %}
 {% include "shared/decode.wgsl" %}
 {% set CAREFUL = FEW_SEE or HAS_BIAS or HAS_SCORE_MOD or HAS_MASK or HAS_MASK_MOD %}
-{% set UNROLL = 8 if LANES > 8 else LANES %}
 
 const ROWS = {{ ROWS }}u;
 const QUADS = {{ QUADS }}u;     // vec4s in a row of Q
@@ -27,7 +26,9 @@ const TEAMS = {{ 64 // LANES }}u;
 var<workgroup> wg_q: array<vec4<f32>, {{ ROWS * QUADS }}>;
 var<workgroup> wg_m: array<f32, {{ ROWS * (64 // LANES) }}>;
 var<workgroup> wg_l: array<f32, {{ ROWS * (64 // LANES) }}>;
-var<workgroup> wg_o: array<vec4<f32>, 64>;
+var<workgroup> wg_top: array<f32, ROWS>;
+var<workgroup> wg_over: array<f32, ROWS>;
+var<workgroup> wg_o: array<vec4<f32>, {{ ROWS * 64 }}>;
 
 @compute @workgroup_size(64)
 fn main(
@@ -46,13 +47,11 @@ fn main(
     let team = thread / LANES;
     let team_lane = subgroup_lane - lane;   // the team's first lane in the subgroup
 
+    stage_queries(work, thread);
 {% for r in range(ROWS) %}
     let row_{{ r }} = row_of(work, {{ r }}u);
     let position_{{ r }} = work.start + i32(row_{{ r }}.y);
     let keys_{{ r }} = keys_of(work.b, position_{{ r }}, work.length);
-    for (var n = thread; n < QUADS; n += 64u) {
-        wg_q[{{ r }}u * QUADS + n] = load_q(query_at(P.q_at, work.b, row_{{ r }}.x, row_{{ r }}.y), n * 4u);
-    }
     var m_{{ r }} = NEVER;
     var l_{{ r }} = 0.0;
 {% for c in range(CHUNKS) %}
@@ -70,7 +69,7 @@ fn main(
 {% for r in range(ROWS) %}
         var s_{{ r }} = 0.0;
 {% endfor %}
-        for (var n = 0u; n < QUADS; n += 1u) {
+        for (var n = 0u; n < QUADS{{ ROLL }}; n += 1u) {
             let x = load_k(k_row, n * 4u);
 {% for r in range(ROWS) %}
             s_{{ r }} += dot(wg_q[{{ r }}u * QUADS + n], x);
@@ -93,24 +92,20 @@ fn main(
         let p_{{ r }} = select(exp2(s_{{ r }} - m_{{ r }}), 0.0, s_{{ r }} <= NEVER);
         l_{{ r }} += p_{{ r }};
 {% endfor %}
-        for (var n = 0u; n < LANES; n += {{ UNROLL }}u) {
-{% for u in range(UNROLL) %}
-            {
-                let v_row = key_at(P.v_at, work.kb, work.kh, min(j_from + n + {{ u }}u, work.to_key - 1u));
+        for (var n = 0u; n < LANES{{ ROLL }}; n += 1u) {
+            let v_row = key_at(P.v_at, work.kb, work.kh, min(j_from + n, work.to_key - 1u));
 {% for r in range(ROWS) %}
-                let w_{{ r }} = {% if EXACT and LANES == UNROLL %}subgroupBroadcast(p_{{ r }}, {{ u }}u){% else %}subgroupShuffle(p_{{ r }}, team_lane + n + {{ u }}u){% endif %};
+            let w_{{ r }} = subgroupShuffle(p_{{ r }}, team_lane + n);
 {% endfor %}
 {% for c in range(CHUNKS) %}
-                let v_{{ c }} = load_v(v_row, (lane + {{ c }}u * LANES) * 4u);
+            let v_{{ c }} = load_v(v_row, (lane + {{ c }}u * LANES) * 4u);
 {% for r in range(ROWS) %}
 {% if CAREFUL %}
-                o_{{ r }}_{{ c }} += select(w_{{ r }} * v_{{ c }}, vec4<f32>(), w_{{ r }} == 0.0);
+            o_{{ r }}_{{ c }} += select(w_{{ r }} * v_{{ c }}, vec4<f32>(), w_{{ r }} == 0.0);
 {% else %}
-                o_{{ r }}_{{ c }} += w_{{ r }} * v_{{ c }};
+            o_{{ r }}_{{ c }} += w_{{ r }} * v_{{ c }};
 {% endif %}
 {% endfor %}
-{% endfor %}
-            }
 {% endfor %}
         }
     }
@@ -125,25 +120,29 @@ fn main(
     }
 {% endfor %}
     workgroupBarrier();
-{% for r in range(ROWS) %}
-    // Row {{ r }}: the teams' maxima and denominators into one, then their parts of O.
-    var all_m_{{ r }} = NEVER;
-    for (var n = 0u; n < TEAMS; n += 1u) { all_m_{{ r }} = max(all_m_{{ r }}, wg_m[{{ r }}u * TEAMS + n]); }
-    var all_l_{{ r }} = 0.0;
-    for (var n = 0u; n < TEAMS; n += 1u) {
-        all_l_{{ r }} += wg_l[{{ r }}u * TEAMS + n] * exp2(wg_m[{{ r }}u * TEAMS + n] - all_m_{{ r }});
+    // A thread a row: the teams' maxima and denominators into one.
+    if (thread < ROWS) {
+        var top = NEVER;
+        for (var n = 0u; n < TEAMS{{ ROLL }}; n += 1u) { top = max(top, wg_m[thread * TEAMS + n]); }
+        var sum = 0.0;
+        for (var n = 0u; n < TEAMS{{ ROLL }}; n += 1u) {
+            sum += wg_l[thread * TEAMS + n] * exp2(wg_m[thread * TEAMS + n] - top);
+        }
+        wg_top[thread] = top;
+        wg_over[thread] = finish_row(work, thread, top, sum);
     }
-    let over_{{ r }} = finish_row(work, {{ r }}u, all_m_{{ r }}, all_l_{{ r }}, thread);
-    let shrink_{{ r }} = exp2(m_{{ r }} - all_m_{{ r }});
+    // The teams' parts of O.
 {% for c in range(CHUNKS) %}
     workgroupBarrier();
-    wg_o[thread] = o_{{ r }}_{{ c }} * shrink_{{ r }};
-    workgroupBarrier();
-    if (thread < LANES) {
-        var sum = vec4<f32>();
-        for (var n = 0u; n < TEAMS; n += 1u) { sum += wg_o[n * LANES + thread]; }
-        write_row(work, {{ r }}u, (thread + {{ c }}u * LANES) * 4u, sum * over_{{ r }});
-    }
+{% for r in range(ROWS) %}
+    wg_o[{{ r * 64 }}u + thread] = o_{{ r }}_{{ c }} * exp2(m_{{ r }} - wg_top[{{ r }}]);
 {% endfor %}
+    workgroupBarrier();
+    for (var n = thread; n < ROWS * LANES{{ ROLL }}; n += 64u) {
+        let r = n / LANES;
+        var sum = vec4<f32>();
+        for (var t = 0u; t < TEAMS{{ ROLL }}; t += 1u) { sum += wg_o[r * 64u + t * LANES + n % LANES]; }
+        write_row(work, r, (n % LANES + {{ c }}u * LANES) * 4u, sum * wg_over[r]);
+    }
 {% endfor %}
 }

@@ -57,7 +57,7 @@ var<workgroup> wg_row: array<f32, 256>;       // 32 rows x 8 threads
         {{ out }} = {{ "max(" ~ out ~ ", " if op == "max" else "(" ~ out ~ " + " }}subgroupShuffleXor({{ out }}, {{ step }}u));
 {% endfor %}
 {% else %}
-        for (var n = 0u; n < 8u; n += 1u) { {{ out }} = {{ "max(" ~ out ~ ", " if op == "max" else "(" ~ out ~ " + " }}wg_row[{{ row }} * 8u + n]); }
+        for (var n = 0u; n < 8u{{ ROLL }}; n += 1u) { {{ out }} = {{ "max(" ~ out ~ ", " if op == "max" else "(" ~ out ~ " + " }}wg_row[{{ row }} * 8u + n]); }
 {% endif %}
 {% endmacro %}
 
@@ -127,7 +127,7 @@ fn main(
         var s_{{ i }} = vec4<f32>();
 {% endfor %}
         for (var d = 0u; d < P.head_dim; d += 32u) {
-            for (var n = thread; n < 256u; n += THREADS) {
+            for (var n = thread; n < 256u{{ ROLL }}; n += THREADS) {
                 let row = n / 8u;
                 let column = n % 8u;
                 let r = min(row_from + row, rows - 1u);
@@ -136,7 +136,7 @@ fn main(
                 wg_k[row * STRIDE + column] = load_k(key_at(P.k_at, kb, kh, j), d + column * 4u);
             }
             workgroupBarrier();
-            for (var n = 0u; n < 8u; n += 1u) {
+            for (var n = 0u; n < 8u{{ ROLL }}; n += 1u) {
 {% for i in range(ROWS) %}
                 let q_{{ i }} = wg_q[(ty * ROWS + {{ i }}u) * STRIDE + n];
 {% endfor %}
@@ -189,7 +189,7 @@ fn main(
 {% endif %}
 {% endif %}
 {% for c in range(V_CHUNKS) %}
-        for (var n = thread; n < 256u; n += THREADS) {
+        for (var n = thread; n < 256u{{ ROLL }}; n += THREADS) {
             let row = n / 8u;
             let column = n % 8u;
             let j = k_from + row;
@@ -200,7 +200,7 @@ fn main(
         workgroupBarrier();
 {% for careful in ([false, true] if EDGES else [false]) %}
         {{ "if (!edge) " if EDGES and not careful }}{{ "else " if careful }}{
-        for (var n = 0u; n < 8u; n += 1u) {
+        for (var n = 0u; n < 8u{{ ROLL }}; n += 1u) {
 {% for i in range(ROWS) %}
             let p_{{ i }} = wg_q[(ty * ROWS + {{ i }}u) * STRIDE + n];
 {% endfor %}
@@ -232,19 +232,29 @@ fn main(
 {% endif %}
 {% for i in range(ROWS) %}
 {{ over_row("sum", "", "l_" ~ i, "(ty * ROWS + " ~ i ~ "u)") }}
-    if (row_{{ i }} < rows) {
-        let sink = sink_of(h_{{ i }});
-        let top = max(m_{{ i }}, sink);
-        let shrink = exp2(m_{{ i }} - top);
-        let sum = l_{{ i }} * shrink + select(0.0, exp2(sink - top), sink > NEVER);
-        let over = select(0.0, shrink / max(sum, 1.0e-37), sum > 0.0);
-        let at = query_at(P.o_at, b, h_{{ i }}, i_{{ i }});
-{% for c in range(V_CHUNKS) %}
-        store_o(at, v_from + {{ c * 32 }}u + tx * 4u, o_{{ i }}_{{ c }} * over);
-{% endfor %}
+    let sink_{{ i }} = sink_of(h_{{ i }});
+    let last_{{ i }} = max(m_{{ i }}, sink_{{ i }});
+    let shrink_{{ i }} = exp2(m_{{ i }} - last_{{ i }});
+    let sum_{{ i }} = l_{{ i }} * shrink_{{ i }} + select(0.0, exp2(sink_{{ i }} - last_{{ i }}), sink_{{ i }} > NEVER);
+    let over_{{ i }} = select(0.0, shrink_{{ i }} / max(sum_{{ i }}, 1.0e-37), sum_{{ i }} > 0.0);
 {% if HAS_LSE %}
-        if (tx == 0u && v_from == 0u) { lse[P.lse_from + row_number(b, h_{{ i }}, i_{{ i }})] = lse_of(top, sum); }
-{% endif %}
+    if (row_{{ i }} < rows && tx == 0u && v_from == 0u) {
+        lse[P.lse_from + row_number(b, h_{{ i }}, i_{{ i }})] = lse_of(last_{{ i }}, sum_{{ i }});
     }
+{% endif %}
+{% endfor %}
+    // O goes out by way of workgroup memory: whole rows at once.
+{% for c in range(V_CHUNKS) %}
+{% for i in range(ROWS) %}
+    wg_k[(ty * ROWS + {{ i }}u) * STRIDE + tx] = o_{{ i }}_{{ c }} * over_{{ i }};
+{% endfor %}
+    workgroupBarrier();
+    for (var n = thread; n < 256u{{ ROLL }}; n += THREADS) {
+        let r = row_from + n / 8u;
+        if (r < rows) {
+            store_o(query_at(P.o_at, b, kh * per_kv + r / queries, r % queries), v_from + {{ c * 32 }}u + n % 8u * 4u, wg_k[n / 8u * STRIDE + n % 8u]);
+        }
+    }
+    workgroupBarrier();
 {% endfor %}
 }

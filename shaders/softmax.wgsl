@@ -32,7 +32,7 @@ fn main(
     for (var j = first + thread; j < last; j += THREADS) { top = max(top, weights[at + j]); }
     wg_part[thread] = top;
     workgroupBarrier();
-    for (var n = 0u; n < THREADS; n += 1u) { top = max(top, wg_part[n]); }
+    for (var n = 0u; n < THREADS{{ ROLL }}; n += 1u) { top = max(top, wg_part[n]); }
     workgroupBarrier();
 
     var sum = 0.0;
@@ -43,7 +43,7 @@ fn main(
     wg_part[thread] = sum;
     workgroupBarrier();
     sum = select(0.0, exp2(sink_of(h) - top), sink_of(h) > NEVER);
-    for (var n = 0u; n < THREADS; n += 1u) { sum += wg_part[n]; }
+    for (var n = 0u; n < THREADS{{ ROLL }}; n += 1u) { sum += wg_part[n]; }
 
     // A row with a key has sum >= 1, so the bound only keeps an empty row's division finite.
     let over = 1.0 / max(sum, 0.5);

@@ -62,12 +62,12 @@ fn row_of(work: Work, r: u32) -> vec2<u32> {
     return vec2<u32>(work.kh * (P.heads / P.kv_heads) + row / work.queries, row % work.queries);
 }
 
-// What the sums of row `r` are multiplied by, from its maximum and denominator, which thread 0 writes down.
-fn finish_row(work: Work, r: u32, m: f32, l: f32, thread: u32) -> f32 {
+// What the sums of row `r` are multiplied by, from its maximum and denominator, which one thread writes down.
+fn finish_row(work: Work, r: u32, m: f32, l: f32) -> f32 {
     let row = row_of(work, r);
-    let writes = thread == 0u && work.first + r < work.rows;
+    let is_row = work.first + r < work.rows;
 {% if SPLIT %}
-    if (writes) {
+    if (is_row) {
         let at = part_at(work, row) + P.value_dim;
         parts[at] = m;
         parts[at + 1u] = l;
@@ -79,7 +79,7 @@ fn finish_row(work: Work, r: u32, m: f32, l: f32, thread: u32) -> f32 {
     let shrink = exp2(m - top);
     let sum = l * shrink + select(0.0, exp2(sink - top), sink > NEVER);
 {% if HAS_LSE %}
-    if (writes) { lse[P.lse_from + row_number(work.b, row.x, row.y)] = lse_of(top, sum); }
+    if (is_row) { lse[P.lse_from + row_number(work.b, row.x, row.y)] = lse_of(top, sum); }
 {% endif %}
     return select(0.0, shrink / max(sum, 1.0e-37), sum > 0.0);
 {% endif %}
@@ -104,4 +104,12 @@ fn write_row(work: Work, r: u32, d: u32, x: vec4<f32>) {
 {% else %}
     store_o(query_at(P.o_at, work.b, row.x, row.y), d, x);
 {% endif %}
+}
+
+// Puts the queries of the block into workgroup memory.
+fn stage_queries(work: Work, thread: u32) {
+    for (var n = thread; n < {{ ROWS * QUADS }}u{{ ROLL }}; n += 64u) {
+        let row = row_of(work, n / {{ QUADS }}u);
+        wg_q[n] = load_q(query_at(P.q_at, work.b, row.x, row.y), n % {{ QUADS }}u * 4u);
+    }
 }

@@ -29,6 +29,8 @@ struct Problem {
     block_from: u32,     // the first workgroup's number
     count: u32,          // of workgroups, or of threads where they are numbered through
     k_blocks: u32,       // of the block map
+    one: u32,            // 1, which no compiler knows
+    unused_0: u32, unused_1: u32, unused_2: u32,
 }
 
 @group(0) @binding(0) var<uniform> P: Problem;
@@ -36,6 +38,9 @@ struct Problem {
 @group(0) @binding({{ loop.index }}) var<storage, {{ access }}> {{ name }}: array<{{ element }}>;
 {% endfor %}
 
+{# Drivers unroll loops of known length. That pays on a GPU; a processor gains nothing and compiles for
+   seconds, so there the length is not known. #}
+{% set ROLL = " * P.one" if SOFTWARE else "" %}
 const LOG2_E = 1.4426950408889634;
 const LN_2 = 0.6931471805599453;
 // Stands for a score that is masked or not there yet: finite, so that no infinity enters the arithmetic.

@@ -359,8 +359,8 @@ impl Planner<'_> {
         };
         let mut at_once = rows.next_power_of_two();
         let memory = |rows: u32| match lanes {
-            Some(lanes) => rows * (quads * 16 + 64 / lanes * 8) + 1024,
-            None => rows * (quads * 16 + 1280) + 1024,
+            Some(lanes) => rows * (quads * 16 + 64 / lanes * 8 + 1032),
+            None => rows * (quads * 16 + 1284) + 1024,
         };
         let registers = |rows: u32| match lanes {
             Some(lanes) => rows * v_quads.div_ceil(lanes),
@@ -413,7 +413,6 @@ impl Planner<'_> {
             let shader = match lanes {
                 Some(lanes) => base("decode_lanes")
                     .with("LANES", lanes)
-                    .with("EXACT", self.caps.subgroups == Some((lanes, lanes)))
                     .with("CHUNKS", v_quads.div_ceil(lanes)),
                 None => {
                     let chunks = v_quads.div_ceil(64);
@@ -735,6 +734,7 @@ impl Planner<'_> {
             .with("HAS_MASK_MOD", mask_mod.is_some())
             .with("FUNCTIONS", Arc::<str>::from(functions.join("\n")))
             .with("HAS_LSE", problem.wants_lse)
+            .with("SOFTWARE", self.caps.software)
             .with("TABLES", self.tables(uses))
     }
 }

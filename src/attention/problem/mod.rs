@@ -440,6 +440,8 @@ pub(crate) struct Params {
     pub block_from: u32,
     pub count: u32,
     pub k_blocks: u32,
+    pub one: u32,
+    pub unused: [u32; 3],
 }
 
 impl Problem {
@@ -480,6 +482,7 @@ impl Problem {
             scale: self.scale,
             softcap: self.options.softcap.unwrap_or(1.0),
             minus_infinity: f32::NEG_INFINITY,
+            one: 1,
             left: left.unwrap_or(0),
             right: right.unwrap_or(0),
             splits,
