@@ -1,14 +1,15 @@
 // decode_lanes: what `decode` computes, with keys and weights passed between the lanes of a subgroup.
 //
 //   a team of LANES lanes holds m, l and O of its own; the teams of the workgroup take turns at the keys
-//   for each LANES keys:
-//     lane = key:              s[r] = score(q[r] . k)
+//   for each KEYS * LANES keys:
+//     lane = KEYS keys:        s[r] = score(q[r] . k)
 //     team:                    m' = max(m, max s) by shuffles; p = exp2(s - m')
 //     lane = 4 columns (and every LANES-th further):  for each key: O[r] = O[r] * a + shuffle(p[r], key) V
 //   merge the teams; O / l, or (O, m, l) for `merge` where the key axis has several parts
 //
 // Tricks: no barrier and no workgroup memory in the loop but for reads of Q; each row of V is read by the
-// team at once. LANES is at most the smallest subgroup of the device, so any size of it will do.
+// team at once; several keys a lane share what is read of Q. Where reads of workgroup memory are dear (on a
+// processor each lane makes one of its own), a lane reads one row of Q and the team passes it on. LANES is at most the smallest subgroup of the device, so any size of it will do.
 {% if F16 %}
 enable f16;
 {% endif %}
@@ -22,6 +23,8 @@ const ROWS = {{ ROWS }}u;
 const QUADS = {{ QUADS }}u;     // vec4s in a row of Q
 const LANES = {{ LANES }}u;     // of a team
 const TEAMS = {{ 64 // LANES }}u;
+const KEYS = {{ KEYS }}u;       // of a lane, a step
+const STEP = {{ 64 * KEYS }}u;  // keys of the workgroup, a step
 
 var<workgroup> wg_q: array<vec4<f32>, {{ ROWS * QUADS }}>;
 var<workgroup> wg_m: array<f32, {{ ROWS * (64 // LANES) }}>;
@@ -61,23 +64,44 @@ fn main(
     workgroupBarrier();
 
     // Every team takes as many steps, so that shuffles meet all lanes; keys past the end weigh nothing.
-    let steps = (max(work.to_key, work.from_key) - work.from_key + 63u) / 64u;
+    let steps = (max(work.to_key, work.from_key) - work.from_key + STEP - 1u) / STEP;
     for (var step = 0u; step < steps; step += 1u) {
-        let j_from = work.from_key + step * 64u + team * LANES;
-        let j = j_from + lane;
-        let k_row = key_at(P.k_at, work.kb, work.kh, min(j, work.to_key - 1u));
+        let j_from = work.from_key + step * STEP + team * LANES * KEYS;
+{% for e in range(KEYS) %}
+        let k_row_{{ e }} = key_at(P.k_at, work.kb, work.kh, min(j_from + {{ e }}u * LANES + lane, work.to_key - 1u));
+{% endfor %}
 {% for r in range(ROWS) %}
-        var s_{{ r }} = 0.0;
+{% for e in range(KEYS) %}
+        var s_{{ r }}_{{ e }} = 0.0;
+{% endfor %}
 {% endfor %}
         for (var n = 0u; n < QUADS{{ ROLL }}; n += 1u) {
-            let x = load_k(k_row, n * 4u);
+{% for e in range(KEYS) %}
+            let x_{{ e }} = load_k(k_row_{{ e }}, n * 4u);
+{% endfor %}
+{% if Q_BY_LANES %}
+            let q_own = wg_q[min(lane, ROWS - 1u) * QUADS + n];
+{% endif %}
 {% for r in range(ROWS) %}
-            s_{{ r }} += dot(wg_q[{{ r }}u * QUADS + n], x);
+            let q_{{ r }} = {% if Q_BY_LANES %}subgroupBroadcast(q_own, {{ r }}u){% else %}wg_q[{{ r }}u * QUADS + n]{% endif %};
+{% for e in range(KEYS) %}
+            s_{{ r }}_{{ e }} += dot(q_{{ r }}, x_{{ e }});
+{% endfor %}
 {% endfor %}
         }
+{% for e in range(KEYS) %}
+        {
+            let j = j_from + {{ e }}u * LANES + lane;
 {% for r in range(ROWS) %}
-        s_{{ r }} = select(NEVER, score(s_{{ r }}, keys_{{ r }}, work.b, row_{{ r }}.x, row_{{ r }}.y, j, position_{{ r }}), j < work.to_key);
-        var top_{{ r }} = s_{{ r }};
+            s_{{ r }}_{{ e }} = select(NEVER, score(s_{{ r }}_{{ e }}, keys_{{ r }}, work.b, row_{{ r }}.x, row_{{ r }}.y, j, position_{{ r }}), j < work.to_key);
+{% endfor %}
+        }
+{% endfor %}
+{% for r in range(ROWS) %}
+        var top_{{ r }} = s_{{ r }}_0;
+{% for e in range(1, KEYS) %}
+        top_{{ r }} = max(top_{{ r }}, s_{{ r }}_{{ e }});
+{% endfor %}
 {% for step in [1, 2, 4, 8, 16, 32] %}{% if step < LANES %}
         top_{{ r }} = max(top_{{ r }}, subgroupShuffleXor(top_{{ r }}, {{ step }}u));
 {% endif %}{% endfor %}
@@ -89,23 +113,29 @@ fn main(
             o_{{ r }}_{{ c }} *= shrink;
 {% endfor %}
         }
-        let p_{{ r }} = select(exp2(s_{{ r }} - m_{{ r }}), 0.0, s_{{ r }} <= NEVER);
-        l_{{ r }} += p_{{ r }};
+{% for e in range(KEYS) %}
+        let p_{{ r }}_{{ e }} = select(exp2(s_{{ r }}_{{ e }} - m_{{ r }}), 0.0, s_{{ r }}_{{ e }} <= NEVER);
+        l_{{ r }} += p_{{ r }}_{{ e }};
+{% endfor %}
 {% endfor %}
         for (var n = 0u; n < LANES{{ ROLL }}; n += 1u) {
-            let v_row = key_at(P.v_at, work.kb, work.kh, min(j_from + n, work.to_key - 1u));
+{% for e in range(KEYS) %}
+            {
+                let v_row = key_at(P.v_at, work.kb, work.kh, min(j_from + {{ e }}u * LANES + n, work.to_key - 1u));
 {% for r in range(ROWS) %}
-            let w_{{ r }} = subgroupShuffle(p_{{ r }}, team_lane + n);
+                let w_{{ r }} = subgroupShuffle(p_{{ r }}_{{ e }}, team_lane + n);
 {% endfor %}
 {% for c in range(CHUNKS) %}
-            let v_{{ c }} = load_v(v_row, (lane + {{ c }}u * LANES) * 4u);
+                let v_{{ c }} = load_v(v_row, (lane + {{ c }}u * LANES) * 4u);
 {% for r in range(ROWS) %}
 {% if CAREFUL %}
-            o_{{ r }}_{{ c }} += select(w_{{ r }} * v_{{ c }}, vec4<f32>(), w_{{ r }} == 0.0);
+                o_{{ r }}_{{ c }} += select(w_{{ r }} * v_{{ c }}, vec4<f32>(), w_{{ r }} == 0.0);
 {% else %}
-            o_{{ r }}_{{ c }} += w_{{ r }} * v_{{ c }};
+                o_{{ r }}_{{ c }} += w_{{ r }} * v_{{ c }};
 {% endif %}
 {% endfor %}
+{% endfor %}
+            }
 {% endfor %}
         }
     }

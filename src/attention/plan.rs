@@ -79,7 +79,7 @@ pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
             "f32 or bf16: this device has no f16 in shaders",
         ));
     }
-    let route = choose_route(problem)?;
+    let route = choose_route(problem, caps)?;
     let mut planner = Planner {
         problem,
         caps,
@@ -100,7 +100,19 @@ pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
     Ok(planner.plan)
 }
 
-fn choose_route(problem: &Problem) -> Result<Route> {
+/// The lanes of a team that passes keys and weights around: whole teams in every subgroup.
+fn lanes(caps: &Caps) -> Option<u32> {
+    let (least, _) = caps.subgroups.filter(|&(least, _)| least >= 4)?;
+    Some((1 << least.ilog2()).min(32))
+}
+
+/// Whether workgroup memory and barriers are dear, and a row of Q a lane passed on is cheap: a processor,
+/// whose teams are whole subgroups.
+fn by_lanes(caps: &Caps) -> bool {
+    caps.software && lanes(caps).is_some_and(|n| n >= 8 && caps.subgroups == Some((n, n)))
+}
+
+fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
     let rows = problem
         .q_len()
         .saturating_mul(problem.heads() / problem.kv_heads());
@@ -114,7 +126,7 @@ fn choose_route(problem: &Problem) -> Result<Route> {
             ));
         }
         (false, Some(route)) => route,
-        (false, None) if problem.options.batch_invariant => Route::Decode,
+        (false, None) if problem.options.batch_invariant || by_lanes(caps) => Route::Decode,
         (false, None) if rows <= FEW_ROWS || problem.q_len() == 1 => Route::Decode,
         (false, None) => Route::Prefill,
     };
@@ -347,12 +359,7 @@ impl Planner<'_> {
         let (k_len, dv) = (problem.k_len(), problem.value_dim());
         let quads = problem.head_dim().div_ceil(4);
         let v_quads = dv.div_ceil(4);
-        // Teams of lanes, where every subgroup holds whole ones.
-        let lanes = self
-            .caps
-            .subgroups
-            .filter(|&(least, _)| least >= 4)
-            .map(|(least, _)| (1 << least.ilog2()).min(32));
+        let lanes = lanes(self.caps);
         let rows = match invariant {
             true => 8,
             false => problem.q_len().saturating_mul(self.group()).min(8),
@@ -366,7 +373,9 @@ impl Planner<'_> {
             Some(lanes) => rows * v_quads.div_ceil(lanes),
             None => rows * v_quads.div_ceil(64),
         };
-        while at_once > 1 && (memory(at_once) > WORKGROUP_MEMORY || registers(at_once) > 16) {
+        // A processor keeps what does not fit its registers in its nearest cache.
+        let most = if self.caps.software { 32 } else { 16 };
+        while at_once > 1 && (memory(at_once) > WORKGROUP_MEMORY || registers(at_once) > most) {
             at_once /= 2;
         }
         let whole = Part {
@@ -413,6 +422,9 @@ impl Planner<'_> {
             let shader = match lanes {
                 Some(lanes) => base("decode_lanes")
                     .with("LANES", lanes)
+                    // Several rows and keys share what is read; few rows would only use up registers.
+                    .with("KEYS", if at_once >= 4 { 4u32 } else { 1 })
+                    .with("Q_BY_LANES", by_lanes(self.caps))
                     .with("CHUNKS", v_quads.div_ceil(lanes)),
                 None => {
                     let chunks = v_quads.div_ceil(64);
