@@ -17,15 +17,12 @@ fn problem(gpu: &Gpu) -> [Tensor; 4] {
 }
 
 fn record(recorder: &mut Recorder, [q, k, v, out]: &[Tensor; 4]) {
-    let tensors = Tensors {
-        q: View::bhld(q).unwrap(),
-        k: View::bhld(k).unwrap(),
-        v: View::bhld(v).unwrap(),
-        out: View::bhld(out).unwrap(),
-        kv_len: None,
-        rows: None,
-        weights: None,
-    };
+    let tensors = Tensors::new(
+        View::bhld(q).unwrap(),
+        View::bhld(k).unwrap(),
+        View::bhld(v).unwrap(),
+        View::bhld(out).unwrap(),
+    );
     attention::record(recorder, &tensors, &Options::default()).unwrap();
 }
 
@@ -169,15 +166,12 @@ fn a_device_with_default_limits_and_no_features_translates_the_same() {
         .upload_floats("half", DType::F16, &[1, 1, 1, 4], &[1.0; 4])
         .unwrap();
     let out = least.empty("out", DType::F16, &[1, 1, 1, 4]).unwrap();
-    let tensors = Tensors {
-        q: View::bhld(&f16).unwrap(),
-        k: View::bhld(&f16).unwrap(),
-        v: View::bhld(&f16).unwrap(),
-        out: View::bhld(&out).unwrap(),
-        kv_len: None,
-        rows: None,
-        weights: None,
-    };
+    let tensors = Tensors::new(
+        View::bhld(&f16).unwrap(),
+        View::bhld(&f16).unwrap(),
+        View::bhld(&f16).unwrap(),
+        View::bhld(&out).unwrap(),
+    );
     let refused = attention::record(&mut Recorder::new(&least), &tensors, &Options::default());
     assert!(refused.unwrap_err().to_string().contains("f16"));
 }

@@ -85,7 +85,10 @@ fn bias_of(b: u32, h: u32, i: u32, j: u32) -> f32 {
 {% set BY_ELEMENT = HAS_MASK or HAS_MASK_MOD %}
 fn softcapped(x: f32) -> f32 {
 {% if HAS_SOFTCAP %}
-    return P.softcap * tanh(clamp(x / P.softcap, -15.0, 15.0));
+    // Near zero tanh(y) is y - y^3 / 3 + 2 y^5 / 15, better than most devices' tanh.
+    let y = clamp(x / P.softcap, -15.0, 15.0);
+    let z = y * y;
+    return P.softcap * select(tanh(y), y - y * z * (0.33333334 - 0.13333334 * z), z < 0.01);
 {% else %}
     return x;
 {% endif %}

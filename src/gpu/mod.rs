@@ -188,15 +188,20 @@ impl Gpu {
                 label: Some(shader.kernel),
                 source: wgpu::ShaderSource::Wgsl(text.into()),
             };
-            // SAFETY: the text is one of this crate's own kernels. Every kernel bounds its loops by its
-            // parameters and guards each access by the tensors' extents or by clamping what it reads;
-            // `Problem::new` and the ops have checked those extents against the buffers. Canary and
-            // poison tests cover every variant. (`Recorder::dispatch` stays inside the crate.)
-            let module = unsafe {
-                inner.device.create_shader_module_trusted(
-                    descriptor,
-                    wgpu::ShaderRuntimeChecks::unchecked(),
-                )
+            let module = match shader.has_text() {
+                // The caller's WGSL gets the checks of any other.
+                true => inner.device.create_shader_module(descriptor),
+                // SAFETY: the text is one of this crate's own kernels. Every kernel bounds its loops by
+                // its parameters and guards each access by the tensors' extents or by clamping what it
+                // reads; `Problem::new` and the ops have checked those extents against the buffers.
+                // Canary and poison tests cover every variant. (`Recorder::dispatch` stays inside the
+                // crate.)
+                false => unsafe {
+                    inner.device.create_shader_module_trusted(
+                        descriptor,
+                        wgpu::ShaderRuntimeChecks::unchecked(),
+                    )
+                },
             };
             inner
                 .device

@@ -101,6 +101,12 @@ impl Shader {
         self
     }
 
+    /// Whether it holds WGSL of the caller's.
+    pub(crate) fn has_text(&self) -> bool {
+        let mut constants = self.constants.values();
+        constants.any(|value| matches!(value, Constant::Text(text) if !text.is_empty()))
+    }
+
     /// The WGSL of this variant.
     pub fn expand(&self, templates: &minijinja::Environment<'static>) -> Result<String> {
         let context: BTreeMap<&str, minijinja::Value> = self

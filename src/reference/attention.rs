@@ -253,7 +253,9 @@ fn attend_row(a: &Attention, answer: &mut AttentionOut, b: usize, h: usize, i: u
 
     let scores = &answer.biased[row * a.k_len..][..a.k_len];
     let sink = a.sinks.map_or(f64::NEG_INFINITY, |sinks| sinks[h]);
-    let top = scores.iter().copied().fold(sink, f64::max);
+    // A NaN among the scores makes the row NaN.
+    let larger = |a: f64, b: f64| if a > b || a.is_nan() { a } else { b };
+    let top = scores.iter().copied().fold(sink, larger);
     if top == f64::NEG_INFINITY {
         return;
     }

@@ -2,7 +2,8 @@
 //!
 //! It is what the kernels are judged by, so it shares no code with them: it imports nothing from
 //! the rest of the crate, and clarity comes before speed everywhere. Tests and benches import it,
-//! nothing else does. A wrong shape is a bug in the test that made it, so it panics.
+//! and `qkv attend --verify`, which has its shapes checked before. A wrong shape is a bug in the test that
+//! made it, so it panics.
 //!
 //! - [`attention`] is the operator with every option, and its weights and scores.
 //! - [`linear`], [`layer_norm`], [`Activation`], [`softmax`], [`top_k`], ... stand around it.

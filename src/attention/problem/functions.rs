@@ -1,5 +1,7 @@
 //! The caller's own WGSL, checked before any kernel is made of it.
 
+use std::error::Error as _;
+
 use naga::{Block, Module, Statement};
 
 use super::{Options, Tensors, refuse};
@@ -23,21 +25,6 @@ pub(super) fn check(tensors: &Tensors, options: &Options) -> Result<()> {
             "fn qkv_calls() -> bool { return mask_mod(0u, 0u, 0u, 0u); }",
         ),
     ];
-    let mut declarations = String::new();
-    for (ix, (name, tensor)) in tensors.extra.iter().enumerate() {
-        let letters = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        if name.is_empty() || !name.chars().all(letters) || is_reserved(name) {
-            return refuse(
-                "an extra buffer's name",
-                name,
-                "a name of WGSL that no kernel uses",
-            );
-        }
-        let element = wgsl_type(tensor.dtype);
-        declarations +=
-            &format!("@group(0) @binding({ix}) var<storage, read> {name}: array<{element}>;\n");
-    }
-    let prologue_lines = declarations.lines().count();
     if !tensors.extra.is_empty() && functions.iter().all(|(_, text, ..)| text.is_none()) {
         return refuse(
             "extra",
@@ -45,35 +32,30 @@ pub(super) fn check(tensors: &Tensors, options: &Options) -> Result<()> {
             "none without score_mod or mask_mod",
         );
     }
+    // A declaration comes first, as in a kernel: directives are too late behind it.
+    let mut declarations = String::from("const qkv_first = 0;\n");
+    for (ix, (name, tensor)) in tensors.extra.iter().enumerate() {
+        let letters = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let element = wgsl_type(tensor.dtype);
+        let line =
+            format!("@group(0) @binding({ix}) var<storage, read> {name}: array<{element}>;\n");
+        let sound = !name.is_empty()
+            && name.chars().all(letters)
+            && !is_reserved(name)
+            && naga::front::wgsl::parse_str(&line).is_ok();
+        if !sound {
+            return refuse(
+                "an extra buffer's name",
+                name,
+                "a name of WGSL that no kernel uses",
+            );
+        }
+        declarations += &line;
+    }
     let mut names: Vec<String> = Vec::new();
     for (what, text, signature, call) in functions {
         let Some(text) = text else { continue };
-        let lines = text.lines().count().max(1);
-        let source = format!("{declarations}{text}\n{call}\n");
-        let module = naga::front::wgsl::parse_str(&source).map_err(|e| {
-            // The caller's line; an error in the call means a wrong signature.
-            let line = e.location(&source).map_or(0, |at| at.line_number as usize);
-            let line = line.saturating_sub(prologue_lines);
-            match line > lines {
-                true => Error::refused(
-                    what,
-                    "another function",
-                    format!("`{signature}`: {}", e.message()),
-                ),
-                false => Error::refused(
-                    what,
-                    format_args!("WGSL, line {line}"),
-                    e.message().to_string(),
-                ),
-            }
-        })?;
-        let mut validator = naga::valid::Validator::new(
-            naga::valid::ValidationFlags::all(),
-            naga::valid::Capabilities::empty(),
-        );
-        validator.validate(&module).map_err(|e| {
-            Error::refused(what, "WGSL", format!("what validates: {}", e.as_inner()))
-        })?;
+        let module = compile(what, text, signature, &declarations, call)?;
         if !module.entry_points.is_empty() {
             return refuse(what, &"an entry point", "functions alone");
         }
@@ -93,11 +75,8 @@ pub(super) fn check(tensors: &Tensors, options: &Options) -> Result<()> {
         }
         for name in definitions(&module) {
             if is_reserved(&name) || names.contains(&name) {
-                return refuse(
-                    what,
-                    &name,
-                    "names that neither a kernel nor the other function uses",
-                );
+                let bound = "names that neither a kernel nor the other function uses";
+                return refuse(what, &name, bound);
             }
             names.push(name);
         }
@@ -105,7 +84,51 @@ pub(super) fn check(tensors: &Tensors, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The names a caller's module defines, but for the call appended to it.
+/// Parses and validates a caller's text between declarations and a call; errors name the caller's line.
+fn compile(
+    what: &str,
+    text: &str,
+    signature: &str,
+    declarations: &str,
+    call: &str,
+) -> Result<Module> {
+    let source = format!("{declarations}{text}\n{call}\n");
+    let refused = |line: Option<u32>, message: String| {
+        let line = line.map_or(0, |line| line as usize);
+        let line = line.saturating_sub(declarations.lines().count());
+        match line > text.lines().count().max(1) {
+            // The call itself does not fit.
+            true => Error::refused(
+                what,
+                "another function",
+                format!("`{signature}`: {message}"),
+            ),
+            false => Error::refused(what, format_args!("WGSL, line {line}"), message),
+        }
+    };
+    let module = naga::front::wgsl::parse_str(&source).map_err(|e| {
+        refused(
+            e.location(&source).map(|at| at.line_number),
+            e.message().into(),
+        )
+    })?;
+    let mut validator = naga::valid::Validator::new(
+        naga::valid::ValidationFlags::all(),
+        naga::valid::Capabilities::empty(),
+    );
+    validator.validate(&module).map_err(|e| {
+        let mut message = e.as_inner().to_string();
+        let mut cause = e.as_inner().source();
+        while let Some(inner) = cause {
+            message += &format!(": {inner}");
+            cause = inner.source();
+        }
+        refused(e.location(&source).map(|at| at.line_number), message)
+    })?;
+    Ok(module)
+}
+
+/// The names a caller's module defines, but for those put around it.
 fn definitions(module: &Module) -> Vec<String> {
     let functions = module.functions.iter().filter_map(|(_, f)| f.name.clone());
     let types = module.types.iter().filter_map(|(_, t)| t.name.clone());
@@ -113,7 +136,9 @@ fn definitions(module: &Module) -> Vec<String> {
     functions
         .chain(types)
         .chain(constants)
-        .filter(|name| !["qkv_calls", "score_mod", "mask_mod"].contains(&name.as_str()))
+        .filter(|name| {
+            !["qkv_first", "qkv_calls", "score_mod", "mask_mod"].contains(&name.as_str())
+        })
         .collect()
 }
 

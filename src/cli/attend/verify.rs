@@ -27,8 +27,8 @@ pub fn verify(
     oracle.each_row(|at, row, want| {
         let from = row_start(&input.shapes().out, input.layout, row);
         out.row(at, &answer.out[from..][..dv as usize], &want.out);
-        let [_, h, q_len, _] = input.shapes().weights;
-        let number = ((row[0] * h + row[1]) * q_len + row[2]) as usize;
+        let [b, h, q_len, _] = input.shapes().weights;
+        let number = row_start(&[b, h, q_len, 1], Layout::Bhld, row);
         if let Some(values) = &answer.lse {
             lse.row(at, &values[number..][..1], &want.lse);
         }
