@@ -33,10 +33,15 @@ fn main(
     let at = P.weights_from + row_number(b, h, i) * P.k_len;
 
     var sum = vec4<f32>();
-    for (var j = first_key(keys); j < last_key(keys); j += 1u) {
-        let w = weights[at + j];
+    let last = last_key(keys);
+    for (var j_from = first_key(keys); j_from < last; j_from += 4u) {
         // What lies at a masked key reaches nothing, NaN included.
-        if (w != 0.0) { sum += w * load_v(key_at(P.v_at, kb, kh, j), d); }
+{% for n in range(4) %}
+        if (j_from + {{ n }}u < last) {
+            let w = weights[at + j_from + {{ n }}u];
+            if (w != 0.0) { sum += w * load_v(key_at(P.v_at, kb, kh, j_from + {{ n }}u), d); }
+        }
+{% endfor %}
     }
     store_o(query_at(P.o_at, b, h, i), d, sum);
 }

@@ -63,6 +63,9 @@ const ENOUGH_GROUPS: u32 = 256;
 const THREADS: u64 = 64;
 /// Multiply-adds of one launch: a tenth of a second or so on a small device, well below any watchdog.
 const WORK: u64 = 1 << 36;
+/// Turns of all its loops that a thread may take on a processor: Mesa's software driver before 25 ends
+/// every loop, without a word, once a thread has taken 65,535.
+const TURNS: u64 = 60_000;
 /// Workgroup memory of every device.
 const WORKGROUP_MEMORY: u32 = 16_384;
 
@@ -112,6 +115,16 @@ fn by_lanes(caps: &Caps) -> bool {
     caps.software && lanes(caps).is_some_and(|n| n >= 8 && caps.subgroups == Some((n, n)))
 }
 
+/// The longest key axis of the prefill route.
+fn prefill_keys(problem: &Problem, caps: &Caps) -> u64 {
+    if !caps.software {
+        return u64::MAX;
+    }
+    // A tile's turns: staging and products for each 32 columns of D and Dv, and the rows' maxima.
+    let tiles = problem.head_dim().div_ceil(32) + problem.value_dim().div_ceil(32).min(4);
+    TURNS / (tiles as u64 * 14 + 34) * 32
+}
+
 fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
     let rows = problem
         .q_len()
@@ -127,6 +140,7 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
         }
         (false, Some(route)) => route,
         (false, None) if problem.options.batch_invariant || by_lanes(caps) => Route::Decode,
+        (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps) => Route::Decode,
         (false, None) if rows <= FEW_ROWS || problem.q_len() == 1 => Route::Decode,
         (false, None) => Route::Prefill,
     };
@@ -217,6 +231,16 @@ impl Planner<'_> {
             self.plan.scratch = (rows * k_len).max(1);
         }
         self.count_in_32_bits(rows * k_len.max(dv))?;
+        if self.caps.software && k_len / 4 > TURNS {
+            return Err(Error::refused(
+                "k",
+                format_args!("{k_len} rows"),
+                format!(
+                    "at most {} on the three-pass route: this driver cuts longer loops",
+                    4 * TURNS
+                ),
+            ));
+        }
         self.make_parts(&["q", "k", "v", "o", "weights", "lse"])?;
         for part in self.parts.clone() {
             let rows = self.rows(part);
@@ -291,6 +315,13 @@ impl Planner<'_> {
         let chunks = dv.div_ceil(32).min(4);
         let subgroups = self.caps.subgroups.is_some_and(|(least, _)| least >= 8);
         self.make_parts(&["q", "k", "v", "o", "lse"])?;
+        if problem.k_len() as u64 > prefill_keys(problem, self.caps) {
+            return Err(Error::refused(
+                "k",
+                format_args!("{} rows", problem.k_len()),
+                "fewer on the prefill route: this driver cuts longer loops",
+            ));
+        }
         let by_element = problem.mask.is_some() || problem.options.mask_mod.is_some();
         let k_blocks = problem.k_len().div_ceil(32) as u64;
         for part in self.parts.clone() {
@@ -391,7 +422,29 @@ impl Planner<'_> {
                 k_len.div_ceil(wanted.min(k_len / SPLIT_AT_LEAST).max(1))
             }
         };
-        self.plan.split_len = split_len.next_multiple_of(64).max(64);
+        // Turns for 256 keys: queries and values of each step, and without subgroups the rows' maxima.
+        let turns = match lanes {
+            Some(lanes) => (quads + lanes + 1) * if at_once >= 4 { 1 } else { 4 },
+            None => {
+                let slices = 64 / v_quads.div_ceil(v_quads.div_ceil(64));
+                4 * (quads + 1) + 64 * at_once + 256 / slices + 1
+            }
+        };
+        let most = match self.caps.software {
+            true => (TURNS / turns as u64 * 256) as u32,
+            false => u32::MAX,
+        };
+        if let (Some(splits), true) = (problem.options.splits, split_len > most) {
+            return Err(Error::refused(
+                "splits",
+                splits,
+                format!(
+                    "at least {}: this driver cuts longer loops",
+                    k_len.div_ceil(most)
+                ),
+            ));
+        }
+        self.plan.split_len = split_len.min(most).next_multiple_of(64).max(64);
         // Whole steps of 64 keys may need fewer parts than were asked for.
         self.plan.splits = k_len.div_ceil(self.plan.split_len).max(1);
         let split = self.plan.splits > 1;

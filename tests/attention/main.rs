@@ -7,6 +7,7 @@
 mod compare;
 #[path = "../support/grid.rs"]
 mod grid;
+mod limits;
 mod options;
 mod plans;
 mod problems;

@@ -24,7 +24,7 @@ pub fn caps() -> Caps {
 }
 
 /// The plan for dense f32 tensors with overlapping cells: a plan asks for extents only.
-fn planned(
+pub fn planned(
     [batch, heads, kv_heads]: [u32; 3],
     [q_len, k_len]: [u32; 2],
     [d, dv]: [u32; 2],

@@ -20,7 +20,7 @@ impl Parts {
     }
 
     /// A sound problem: B 2, H 4, Hk 2, Q 5, K 7, D 12, Dv 8.
-    fn tensors(&self) -> Tensors<'_> {
+    pub fn tensors(&self) -> Tensors<'_> {
         Tensors::new(
             dense(&self.input, [2, 4, 5, 12]),
             dense(&self.input, [2, 2, 7, 12]),
@@ -115,6 +115,32 @@ fn bad_problems_are_refused_by_the_argument_at_fault() {
         table("out", |t, _| t.out = view(integers, [2, 4, 5, 8])),
         table("v", |t, _| t.v = view(integers, [2, 2, 7, 8])),
         table("scale", |_, o| o.scale = Some(f32::NAN)),
+        table("softcap", |_, o| o.softcap = Some(-1.0)),
+        table("softcap", |_, o| o.softcap = Some(0.0)),
+        table("softcap", |_, o| o.softcap = Some(f32::NAN)),
+        table("window", |_, o| o.window = [Some(u32::MAX), None]),
+        table("window", |_, o| {
+            (o.causal, o.window) = (true, [None, Some(1)])
+        }),
+        table("stage", |_, o| o.stage = Stage::Raw),
+        table("q_offset", |t, _| t.q_offset = Some(three_lengths)),
+        table("prefix_len", |t, _| t.prefix_len = Some(float_lengths)),
+        table("alibi", |t, _| t.alibi = Some(three_lengths)),
+        table("sinks", |t, _| t.sinks = Some(float_lengths)),
+        table("lse", |t, _| t.lse = Some(weights)),
+        table("bias", |t, _| t.bias = Some(view(input, [2, 4, 5, 6]))),
+        table("bias", |t, _| t.bias = Some(view(integers, [2, 4, 5, 7]))),
+        table("mask", |t, _| t.mask = Some(view(input, [2, 4, 5, 7]))),
+        table("t5", |t, _| t.t5 = Some(weights)),
+        table("t5", |_, o| {
+            o.t5 = Some(T5 {
+                bidirectional: true,
+                max_distance: 9,
+            })
+        }),
+        table("q's batch", |t, _| t.cu_q = Some(three_lengths)),
+        table("k's batch", |t, _| t.cu_k = Some(three_lengths)),
+        table("extra", |t, _| t.extra = vec![("a", weights)]),
         table("scale", |_, o| o.scale = Some(f32::INFINITY)),
         table("kv_len", |t, _| t.kv_len = Some(three_lengths)),
         table("kv_len", |t, _| t.kv_len = Some(float_lengths)),
@@ -172,7 +198,7 @@ fn bad_problems_are_refused_by_the_argument_at_fault() {
         assert_eq!(refused(result), argument, "case {ix}");
     }
     println!("{count} problems refused");
-    assert_eq!(count, 42);
+    assert_eq!(count, 61);
     assert!(Problem::new(&parts.tensors(), &Options::default()).is_ok());
 }
 
