@@ -3,7 +3,7 @@
 it as a Hugging Face MarianMT directory.
 
     python train.py spm    --data DATA --work WORK
-    python train.py train  --data DATA --work WORK --minutes 100
+    python train.py train  --data DATA --work WORK --minutes 125
     python train.py export --data DATA --work WORK --out tatoeba-en-fra-zho
     python train.py eval   --data DATA --model tatoeba-en-fra-zho
 
@@ -553,21 +553,21 @@ def main():
     parser.add_argument("--start", help="train: an exported directory to go on from, with its source.spm as WORK/spm.model")
     parser.add_argument("--out", help="export: the directory to write")
     parser.add_argument("--model", help="eval: an exported directory")
-    parser.add_argument("--minutes", type=float, default=100, help="training time, all runs together")
+    parser.add_argument("--minutes", type=float, default=125, help="training time, all runs together")
     parser.add_argument("--steps", type=int, default=0, help="stop here, without a score (for a trial)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--coverage", type=float, default=0.9998, help="spm: share of characters covered")
-    parser.add_argument("--lr", type=float, default=1.4e-3)
-    parser.add_argument("--warmup", type=int, default=500, help="steps")
-    parser.add_argument("--batch-tokens", type=int, default=2300, help="source and target together")
-    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=1500, help="steps")
+    parser.add_argument("--batch-tokens", type=int, default=1200, help="source and target together")
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--smoothing", type=float, default=0.1)
-    parser.add_argument("--sample", type=float, default=0.15, help="share of sources cut at random")
+    parser.add_argument("--sample", type=float, default=0.1, help="share of sources cut at random")
     parser.add_argument("--alpha", type=float, default=0.3, help="less is more random")
-    parser.add_argument("--ema", type=float, default=0.998, help="decay of the running average of the weights")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the running average of the weights")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--save-every", type=int, default=200, help="steps")
+    parser.add_argument("--save-every", type=int, default=1000, help="steps")
     parser.add_argument("--keep", type=int, default=8, help="checkpoints kept")
     parser.add_argument("--eval-every", type=int, default=1, help="epochs")
     parser.add_argument("--average", type=int, default=4, help="export: checkpoints averaged")
