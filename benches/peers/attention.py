@@ -7,7 +7,7 @@
 The three take turns on every shape, so that a change in the machine's load falls on all of them;
 minimum and median are over all calls of a side. What is timed, always after an untimed call:
 
-  ours   `qkv attend --time N`, a new process each turn. device: its `times_ms`; wall: its `host_ms`.
+  ours   `qkv attend --time N`, a new process each turn. device: its `times_ms`.
   ort    One process a shape, which keeps its session. Inputs and KV cache stay on the device.
          device: its kernels' times by its own profiler, summed, in calls apart from the others.
          wall: one run_with_iobinding with the copy of the answer to the CPU, since nothing else in
@@ -137,10 +137,9 @@ class Ours:
         if done.returncode:
             raise RuntimeError(f"exit {done.returncode}: {done.stderr.strip()}")
         said = json.loads(done.stdout.strip().splitlines()[-1])
-        wall = said["host_ms"] if isinstance(said["host_ms"], list) else [said["host_ms"]]
         about = {n: x for n, x in said.items() if isinstance(x, str)}
         out = load_file(self.out)["out"]
-        return dict(device=said["times_ms"] or [], wall=wall, first=said["first_ms"], out=out, about=about)
+        return dict(device=said["times_ms"] or [], wall=[], first=said["first_ms"], out=out, about=about)
 
     def close(self):
         pass
@@ -339,10 +338,9 @@ def measure(args, number, shape, kind):
             r[c + "_median_ms"] = statistics.median(times) if times else None
         best = r["device_ms"] or r["wall_ms"]
         r["gflop_s"], r["kv_gb_s"] = (flop / best / 1e6, kv_bytes / best / 1e6) if best else (None, None)
-    for c in CLOCKS:
-        for r in results.values():  # torch on the CPU has one clock for both
-            ours, its = results.get("ours", {}).get(c + "_ms"), r[c + "_ms"] or r["wall_ms"]
-            r["ours_by_this_" + c] = ours / its if ours and its else None
+    for r in results.values():  # torch on the CPU has one clock for both
+        ours, its = results.get("ours", {}).get("device_ms"), r["device_ms"] or r["wall_ms"]
+        r["ours_by_this"] = ours / its if ours and its else None
     return list(results.values())
 
 
@@ -351,7 +349,7 @@ def table(number, shape, kind, results):
     columns = [("device_ms", ".4g", "device ms"), ("device_median_ms", ".4g", "median"), ("wall_ms", ".4g", "wall ms"),
                ("wall_median_ms", ".4g", "median"), ("first_ms", ".0f", "first"), (rate, ".3g", unit),
                ("max_error_of_rms", ".1e", "max error"), ("rms_error_of_rms", ".1e", "rms"), ("right", "", "answer"),
-               ("ours_by_this_device", ".2f", "ours/it"), ("ours_by_this_wall", ".2f", "by wall")]  # fmt: skip
+               ("ours_by_this", ".2f", "ours/it")]  # fmt: skip
     show = lambda x, form: "-" if x is None else ("WRONG", "right")[x] if form == "" else format(x, form)
     print(f"\n{number}  {name(shape)}  {kind}\n{'':5}" + "".join(f"{title:>10}" for _, _, title in columns))
     for r in results:
