@@ -219,7 +219,7 @@ fn a_nan_reaches_the_rows_that_see_it_and_no_other() {
         gpu().run(&recorder.finish().unwrap()).unwrap();
         let got = gpu().read_floats(&out).unwrap();
         for (row, values) in got.chunks(16).enumerate() {
-            let seen = row < 40 && row >= 20;
+            let seen = (20..40).contains(&row);
             assert!(
                 values.iter().all(|x| x.is_nan() == seen),
                 "{route:?} row {row}: {values:?}"
