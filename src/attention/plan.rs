@@ -400,15 +400,29 @@ impl Planner<'_> {
             Some(lanes) => rows * (quads * 16 + 64 / lanes * 8 + 1032),
             None => rows * (quads * 16 + 1284) + 1024,
         };
-        let registers = |rows: u32| match lanes {
-            Some(lanes) => rows * v_quads.div_ceil(lanes),
-            None => rows * v_quads.div_ceil(64),
+        // What a lane holds for so many rows and keys: O; product, score and weight of each key; the rest. A
+        // processor keeps what does not fit its registers in its nearest cache; small subgroups are
+        // Intel's, with 128 registers (8 rows spilled 37 to 312 of them there), and so may be a device
+        // without any.
+        let chunks = v_quads.div_ceil(lanes.unwrap_or(64));
+        let registers = |rows: u32, keys: u32| rows * (4 * chunks + 3 * keys + 8);
+        let room = match (self.caps.software, lanes) {
+            (true, Some(_)) => 300,
+            (_, Some(32)) => 224,
+            _ => 96,
         };
-        // A processor keeps what does not fit its registers in its nearest cache.
-        let most = if self.caps.software { 32 } else { 16 };
-        while at_once > 1 && (memory(at_once) > WORKGROUP_MEMORY || registers(at_once) > most) {
+        let least_keys = if lanes.is_some() { 1 } else { 4 };
+        while at_once > 1
+            && (memory(at_once) > WORKGROUP_MEMORY || registers(at_once, least_keys) > room)
+        {
             at_once /= 2;
         }
+        // Several rows and keys share what is read; few rows would only use up registers.
+        let keys = if at_once >= 4 && registers(at_once, 4) <= room {
+            4u32
+        } else {
+            1
+        };
         let whole = Part {
             batch: [0, problem.batch],
             kv: [0, problem.kv_heads()],
@@ -424,7 +438,7 @@ impl Planner<'_> {
         };
         // Turns for 256 keys: queries and values of each step, and without subgroups the rows' maxima.
         let turns = match lanes {
-            Some(lanes) => (quads + lanes + 1) * if at_once >= 4 { 1 } else { 4 },
+            Some(lanes) => (quads + lanes + 1) * 4 / keys,
             None => {
                 let slices = 64 / v_quads.div_ceil(v_quads.div_ceil(64));
                 4 * (quads + 1) + 64 * at_once + 256 / slices + 1
@@ -475,8 +489,7 @@ impl Planner<'_> {
             let shader = match lanes {
                 Some(lanes) => base("decode_lanes")
                     .with("LANES", lanes)
-                    // Several rows and keys share what is read; few rows would only use up registers.
-                    .with("KEYS", if at_once >= 4 { 4u32 } else { 1 })
+                    .with("KEYS", keys)
                     .with("Q_BY_LANES", by_lanes(self.caps))
                     .with("CHUNKS", v_quads.div_ceil(lanes)),
                 None => {
