@@ -11,9 +11,9 @@
 // team at once; several keys a lane share what is read of Q. Where reads of workgroup memory are dear (on a
 // processor each lane makes one of its own), a lane reads one row of Q and the team passes it on. LANES is at most the smallest subgroup of the device, so any size of it will do.
 //
-// Lost, on llvmpipe with 16 rows, 512 keys and D 64, where this takes 0.8 ms: one key a lane with Q read from
-// workgroup memory, 2.8 ms; the loop over a team's keys unrolled, for constant shuffles, 3.1 ms and 26 s of
-// compiling; an epilogue unrolled over the rows, 15 s of compiling where this takes one.
+// Lost, on llvmpipe with 16 rows, 512 keys and D 64, on a busy machine where this took 1.6 ms: one key a lane
+// with Q read from workgroup memory, 2.8 ms; the loop over a team's keys unrolled, for constant shuffles, 3.1 ms
+// and 26 s of compiling; an epilogue unrolled over the rows, 15 s of compiling where this takes one.
 {% if F16 %}
 enable f16;
 {% endif %}
