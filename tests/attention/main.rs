@@ -5,7 +5,7 @@
 
 #[path = "../support/compare.rs"]
 mod compare;
-#[path = "../support/grid.rs"]
+#[path = "../support/grid/mod.rs"]
 mod grid;
 mod limits;
 mod options;

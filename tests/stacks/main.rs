@@ -4,7 +4,7 @@
 
 #[path = "../support/compare.rs"]
 mod compare;
-#[path = "../support/grid.rs"]
+#[path = "../support/grid/mod.rs"]
 mod grid;
 mod maker;
 

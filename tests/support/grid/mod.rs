@@ -5,15 +5,17 @@
 
 #![allow(dead_code, reason = "every test file uses its own part of this")]
 
-use std::sync::Arc;
+mod beside;
+mod lay;
+mod run;
 
-use qkv::attention::{Align, Options, Plan, Route, Stage, T5, Tensors, View, record};
-use qkv::gpu::{DType, Gpu, Recorder, Tensor};
+use qkv::attention::{Align, Plan, T5};
+use qkv::gpu::{DType, Gpu, Tensor};
 use qkv::reference::{self, Attention, AttentionOut, Offset, expand};
 
-use crate::compare::{
-    Canary, NAN_16, NAN_32, Tolerance, compare_rows, round_to, tolerance as of_storage,
-};
+use crate::compare::round_to;
+use beside::{Spread, T5_BUCKETS, t5_bucket};
+use lay::Lay;
 
 /// Numbers that are the same in every run.
 pub struct Random(u64);
@@ -148,88 +150,6 @@ fn storage(dtype: DType) -> &'static str {
 }
 
 const DOCUMENT: u32 = 9;
-const T5_BUCKETS: u32 = 8;
-
-/// Where the elements of one tensor lie.
-#[derive(Clone, Copy)]
-struct Lay {
-    extents: [u32; 4],
-    offset: u32,
-    strides: [u32; 4],
-    /// Cells of the buffer.
-    cells: u32,
-}
-
-impl Lay {
-    fn new(place: Place, extents: [u32; 4]) -> Lay {
-        let [b, h, l, d] = extents;
-        let (offset, strides) = match place {
-            Place::Dense => (0, [h * l * d, l * d, d, 1]),
-            Place::Columns | Place::Packed => (0, [l * h * d, d, h * d, 1]),
-            Place::Gaps(n) => {
-                let row = d + n;
-                let head = l * row + n;
-                (2 * n, [h * head + n, head, row, 1])
-            }
-            Place::Transposed => (0, [h * l * d, l * d, 1, l]),
-        };
-        // A tail, so that there is something to overwrite behind the last row.
-        let cells = offset + b * strides[0] + 16;
-        Lay {
-            extents,
-            offset,
-            strides,
-            cells,
-        }
-    }
-
-    /// The first cell of every row, in the order of [B, H, L].
-    fn rows(&self) -> impl Iterator<Item = usize> {
-        let Lay {
-            extents: [b, h, l, _],
-            offset,
-            strides: [sb, sh, sl, _],
-            ..
-        } = *self;
-        (0..b).flat_map(move |b| {
-            (0..h).flat_map(move |h| {
-                (0..l).map(move |i| (offset + b * sb + h * sh + i * sl) as usize)
-            })
-        })
-    }
-
-    /// Writes dense values to their cells.
-    fn put(&self, cells: &mut [f32], values: &[f64]) {
-        let (d, step) = (self.extents[3] as usize, self.strides[3] as usize);
-        for (at, row) in self.rows().zip(values.chunks(d)) {
-            for (ix, &value) in row.iter().enumerate() {
-                cells[at + ix * step] = value as f32;
-            }
-        }
-    }
-
-    fn view<'t>(&self, tensor: &'t Tensor) -> View<'t> {
-        View::strided(tensor, self.extents, self.offset, self.strides)
-            .expect("a view in its buffer")
-    }
-
-    /// Takes the rows out of what was read back. An error where a cell outside them was written.
-    fn take<T: Copy + PartialEq + std::fmt::LowerHex>(
-        &self,
-        canary: Canary<T>,
-        mut cells: Vec<T>,
-    ) -> Result<Vec<T>, String> {
-        let (d, step) = (self.extents[3] as usize, self.strides[3] as usize);
-        let mut values = Vec::new();
-        for at in self.rows() {
-            for ix in 0..d {
-                values.push(std::mem::replace(&mut cells[at + ix * step], canary.0));
-            }
-        }
-        canary.untouched_outside("out", &cells, 0..0)?;
-        Ok(values)
-    }
-}
 
 /// A problem on the device, with the oracle's answer.
 pub struct Prepared {
@@ -264,56 +184,6 @@ pub struct Answer {
     pub out: Vec<u32>,
     pub lse: Vec<u32>,
     pub weights: Option<Vec<u32>>,
-}
-
-/// T5's bucket of a key `distance` after the query, by the definition.
-fn t5_bucket(t5: T5, distance: i64) -> usize {
-    let half = if t5.bidirectional {
-        T5_BUCKETS / 2
-    } else {
-        T5_BUCKETS
-    } as i64;
-    let (side, n) = match (t5.bidirectional, distance > 0) {
-        (true, true) => (half, distance),
-        (true, false) => (0, -distance),
-        (false, _) => (0, (-distance).max(0)),
-    };
-    let exact = half / 2;
-    if n < exact {
-        return (side + n) as usize;
-    }
-    let far = (n as f64 / exact as f64).ln() / (t5.max_distance as f64 / exact as f64).ln();
-    let bucket = exact + (far * (half - exact) as f64 + 1e-9).floor() as i64;
-    (side + bucket.min(half - 1)) as usize
-}
-
-/// An array `[B, H, Q, K]` that is kept only along some axes.
-struct Spread {
-    shape: [u32; 4],
-    values: Vec<f64>,
-}
-
-impl Spread {
-    fn new(extents: [u32; 4], axes: [bool; 4], mut value: impl FnMut(u32) -> f64) -> Self {
-        let mut shape = extents;
-        for (n, differs) in shape.iter_mut().zip(axes) {
-            *n = if differs { *n } else { 1 };
-        }
-        // The last axis' own index, so that whole columns can be set.
-        let values = (0..shape.iter().product()).map(|at| value(at % shape[3]));
-        Spread {
-            shape,
-            values: values.collect(),
-        }
-    }
-
-    fn at(&self, indices: [u32; 4]) -> f64 {
-        let at = indices
-            .iter()
-            .zip(self.shape)
-            .fold(0, |at, (&ix, n)| at * n + ix.min(n - 1));
-        self.values[at as usize]
-    }
 }
 
 impl Prepared {
@@ -613,205 +483,8 @@ impl Prepared {
             case,
         }
     }
-
-    /// What this problem's answers may be off by.
-    fn tolerance(&self, dtype: DType) -> Tolerance {
-        let base = of_storage(storage(dtype), self.case.len[1] as usize);
-        // A score of 10,000 is itself known to a few thousandths in f32, and so is its weight.
-        match self.case.loud > 1000.0 {
-            true => base.times(200.0),
-            false => base,
-        }
-    }
-
-    /// The options of this case.
-    pub fn options(
-        &self,
-        route: Option<Route>,
-        splits: Option<u32>,
-        stage: Option<Stage>,
-    ) -> Options {
-        let case = &self.case;
-        let text = |wanted: bool, text: &str| wanted.then(|| Arc::<str>::from(text));
-        let mask_mod = match case.function {
-            Some(Function::Window) => text(true, MASK_WINDOW),
-            Some(Function::Documents) => text(true, MASK_DOCUMENTS),
-            _ => None,
-        };
-        Options {
-            scale: case.scale,
-            softcap: case.softcap,
-            causal: case.causal.is_some(),
-            window: case.window,
-            align: case.align(),
-            t5: case.t5,
-            score_mod: text(case.function == Some(Function::Alibi), SCORE_ALIBI),
-            mask_mod,
-            stage: stage.unwrap_or_default(),
-            batch_invariant: case.batch_invariant,
-            route,
-            splits,
-        }
-    }
-
-    /// Runs one plan and judges what it wrote and what it left alone.
-    pub fn run(
-        &self,
-        route: Option<Route>,
-        splits: Option<u32>,
-        stage: Option<Stage>,
-    ) -> Result<Answer, String> {
-        let (gpu, out_lay) = (&self.gpu, self.lays[3]);
-        let out_type = self.case.types[3];
-        let n = out_lay.cells as usize;
-        let canaries: Vec<u8> = match out_type.size() {
-            2 => bytemuck::cast_slice(&NAN_16.frame(0, n, 0)).to_vec(),
-            _ => bytemuck::cast_slice(&NAN_32.frame(0, n, 0)).to_vec(),
-        };
-        let fail = |e: qkv::Error| e.to_string();
-        let out = gpu
-            .upload("out", out_type, &[n as u32], &canaries)
-            .map_err(fail)?;
-        let [batch, heads, q_len, _] = out_lay.extents;
-        let k_len = self.case.len[1];
-        let framed = |cells: u32| {
-            gpu.upload_u32(
-                "framed",
-                &[cells + 16],
-                &NAN_32.frame(0, cells as usize, 16),
-            )
-        };
-        let over = |framed: &Tensor, shape: &[u32]| {
-            Tensor::from_wgpu(framed.buffer().clone(), DType::F32, shape).unwrap()
-        };
-        let (rows, cells) = (batch * heads * q_len, batch * heads * q_len * k_len);
-        let (lse_frame, weights_frame) =
-            (framed(rows).map_err(fail)?, framed(cells).map_err(fail)?);
-        let lse = over(&lse_frame, &[batch, heads, q_len]);
-        let weights = over(&weights_frame, &[batch, heads, q_len, k_len]);
-
-        let tables = &self.tables;
-        let extents = [self.case.batch[0], heads, q_len, k_len];
-        let [bias, mask] = [&tables.bias, &tables.mask].map(|tensor| {
-            let tensor = tensor.as_ref()?;
-            Some(View::broadcast(tensor, extents).unwrap())
-        });
-        let [q, k, v] = &self.tensors;
-        let cu = tables.cu.as_ref();
-        let tensors = Tensors {
-            kv_len: tables.kv_len.as_ref(),
-            q_offset: tables.q_offset.as_ref(),
-            prefix_len: tables.prefix.as_ref(),
-            cu_q: cu.map(|cu| &cu[0]),
-            cu_k: cu.map(|cu| &cu[1]),
-            rows: tables.rows.as_ref(),
-            bias,
-            mask,
-            alibi: tables.alibi.as_ref(),
-            t5: tables.t5.as_ref(),
-            sinks: tables.sinks.as_ref(),
-            extra: tables.extra.iter().map(|extra| ("extra", extra)).collect(),
-            weights: stage.map(|_| &weights),
-            lse: Some(&lse),
-            ..Tensors::new(
-                self.lays[0].view(q),
-                self.lays[1].view(k),
-                self.lays[2].view(v),
-                out_lay.view(&out),
-            )
-        };
-        let mut recorder = Recorder::new(gpu);
-        let options = self.options(route, splits, stage);
-        let plan = record(&mut recorder, &tensors, &options).map_err(fail)?;
-        let name = format!("{:?} splits {} of {:?}", plan.route, plan.splits, self.case);
-        recorder
-            .finish()
-            .and_then(|recording| gpu.run(&recording))
-            .map_err(|e| format!("{name}: {e}"))?;
-
-        let bytes = gpu.read(&out).map_err(|e| format!("{name}: {e}"))?;
-        let (values, bits): (Vec<f32>, Vec<u32>) = match out_type.size() {
-            2 => out_lay
-                .take(NAN_16, bytemuck::pod_collect_to_vec(&bytes))
-                .map_err(|e| format!("{name}: {e}"))?
-                .iter()
-                .map(|&bits| (float_of(out_type, bits), u32::from(bits)))
-                .unzip(),
-            _ => out_lay
-                .take(NAN_32, bytemuck::pod_collect_to_vec(&bytes))
-                .map_err(|e| format!("{name}: {e}"))?
-                .iter()
-                .map(|&bits| (f32::from_bits(bits), bits))
-                .unzip(),
-        };
-        let value_dim = self.case.dim[1] as usize;
-        compare_rows(
-            &name,
-            &values,
-            &self.want.out,
-            value_dim,
-            self.tolerance(out_type),
-        )?;
-        let read = |what: &str, framed: &Tensor, cells: u32, want: &[f64], len: u32| {
-            let name = format!("{what} of {name}");
-            let got = gpu.read_floats(framed).map_err(fail)?;
-            let got = NAN_32.check_f32(&name, &got, 0..cells as usize)?;
-            compare_rows(&name, got, want, len as usize, self.tolerance(DType::F32))?;
-            Ok::<_, String>(got.iter().map(|x| x.to_bits()).collect::<Vec<u32>>())
-        };
-        let lse = read("LSE", &lse_frame, rows, &self.want.lse, 1)?;
-        let want = match stage {
-            None => None,
-            Some(Stage::Raw) => Some(&self.want.raw),
-            Some(Stage::Softcap) => Some(&self.want.softcapped),
-            Some(Stage::Biased) => Some(&self.want.biased),
-            Some(Stage::Softmax) => Some(&self.want.weights),
-        };
-        let weights = want
-            .map(|want| read("weights", &weights_frame, cells, want, k_len))
-            .transpose()?;
-        Ok(Answer {
-            plan,
-            out: bits,
-            lse,
-            weights,
-        })
-    }
-
-    /// The same problem for another set of powers of the same device.
-    pub fn on(self, gpu: &Gpu) -> Self {
-        Prepared {
-            gpu: gpu.clone(),
-            ..self
-        }
-    }
-
-    /// Spoils one value of the oracle's answer, for tests of the harness.
-    pub fn spoil(&mut self) {
-        *self.want.out.last_mut().expect("an output") += 0.01;
-    }
 }
 
 fn row(values: &[f64], row: u32, width: u32) -> &[f64] {
     &values[(row * width) as usize..][..width as usize]
 }
-
-fn float_of(dtype: DType, bits: u16) -> f32 {
-    match dtype {
-        DType::BF16 => half::bf16::from_bits(bits).to_f32(),
-        _ => half::f16::from_bits(bits).to_f32(),
-    }
-}
-
-const SCORE_ALIBI: &str = "
-fn score_mod(score: f32, b: u32, h: u32, q: u32, k: u32) -> f32 {
-    return score - extra[h] * abs(f32(q) - f32(k));
-}";
-const MASK_WINDOW: &str = "
-fn mask_mod(b: u32, h: u32, q: u32, k: u32) -> bool {
-    return max(q, k) - min(q, k) <= 3u;
-}";
-const MASK_DOCUMENTS: &str = "
-fn mask_mod(b: u32, h: u32, q: u32, k: u32) -> bool {
-    return extra[q] == extra[k];
-}";

@@ -1,0 +1,349 @@
+//! From a kernel over a part of the problem to launches: its variant, what it binds, and its parameters.
+
+use std::sync::Arc;
+
+use super::super::Align;
+use super::super::problem::{Layout, Problem};
+use super::{Launch, Plan, THREADS, WORK};
+use crate::gpu::{Caps, DType, Shader, wgsl_type};
+use crate::{Error, Result};
+
+/// Which of the optional tensors a kernel reads.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Uses {
+    /// Lengths and positions, which bound the keys of a row.
+    pub(super) keys: bool,
+    /// What changes scores: biases, masks, functions.
+    pub(super) scores: bool,
+    /// Of these, the masks.
+    pub(super) masks: bool,
+    /// Histories.
+    pub(super) rows: bool,
+    pub(super) sinks: bool,
+}
+
+/// Batch rows and KV heads that one launch sees.
+#[derive(Clone, Copy)]
+pub(super) struct Part {
+    pub(super) batch: [u32; 2],
+    pub(super) kv: [u32; 2],
+}
+
+pub(super) struct Planner<'a> {
+    pub(super) problem: &'a Problem,
+    pub(super) caps: &'a Caps,
+    pub(super) parts: Vec<Part>,
+    pub(super) plan: Plan,
+}
+
+/// One kernel over one part, still in one piece.
+pub(super) struct Kernel {
+    pub(super) shader: Shader,
+    pub(super) buffers: Vec<&'static str>,
+    pub(super) uses: Uses,
+    /// Workgroups, or threads where these are numbered through.
+    pub(super) count: u64,
+    pub(super) threads: bool,
+    /// Blocks of query rows.
+    pub(super) blocks: u64,
+    /// Multiply-adds of a workgroup.
+    pub(super) work: u64,
+}
+
+impl Planner<'_> {
+    pub(super) fn group(&self) -> u32 {
+        self.problem.heads() / self.problem.kv_heads()
+    }
+
+    /// All rows of a part.
+    pub(super) fn rows(&self, part: Part) -> u64 {
+        let heads = ((part.kv[1] - part.kv[0]) * self.group()) as u64;
+        let batch = match self.problem.ragged_q {
+            true => 1,
+            false => (part.batch[1] - part.batch[0]) as u64,
+        };
+        batch * heads * self.problem.q_len() as u64
+    }
+
+    /// Blocks of `size` rows over the batch rows of a part; at least so many where they are ragged.
+    pub(super) fn blocks(&self, part: Part, size: u32) -> u64 {
+        let rows = self.problem.q_len() as u64 * self.group() as u64;
+        match self.problem.ragged_q {
+            true => rows / size as u64 + self.problem.batch as u64,
+            false => (part.batch[1] - part.batch[0]) as u64 * rows.div_ceil(size as u64),
+        }
+    }
+
+    pub(super) fn all_rows(&self) -> u64 {
+        self.rows(Part {
+            batch: [0, self.problem.batch],
+            kv: [0, self.problem.kv_heads()],
+        })
+    }
+
+    pub(super) fn count_in_32_bits(&self, elements: u64) -> Result<()> {
+        if elements > u32::MAX as u64 {
+            return Err(Error::refused(
+                "q",
+                format_args!("{} rows", self.all_rows()),
+                "kernels count the elements of scores and scratch in 32 bits",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Cuts the problem along batch rows, then KV heads, until the device can bind what each part sees.
+    pub(super) fn make_parts(&mut self, names: &[&'static str]) -> Result<()> {
+        let problem = self.problem;
+        let (batch, kv) = (problem.batch, problem.kv_heads());
+        let share = batch / problem.kv_batch();
+        let whole = Part {
+            batch: [0, batch],
+            kv: [0, kv],
+        };
+        let by_batch = |step: u32, heads: u32| {
+            (0..batch).step_by(step as usize).flat_map(move |b| {
+                (0..kv).step_by(heads as usize).map(move |h| Part {
+                    batch: [b, b + step],
+                    kv: [h, h + heads],
+                })
+            })
+        };
+        let mut choices = vec![vec![whole]];
+        if problem.ragged_q || problem.ragged_k {
+            choices.push(by_batch(batch, 1).collect());
+        } else {
+            choices.push(by_batch(share, kv).collect());
+            choices.push(by_batch(share, 1).collect());
+        }
+        let mut names = names.to_vec();
+        names.extend(["bias", "mask"]);
+        let mut too_large = None;
+        for parts in choices {
+            let worst = parts
+                .iter()
+                .flat_map(|&part| names.iter().map(move |&name| (part, name)))
+                .filter_map(|(part, name)| Some((name, self.slice(name, part)?)))
+                .map(|(name, [from, to])| (name, to - from))
+                .max_by_key(|&(_, bytes)| bytes);
+            match worst.filter(|&(_, bytes)| bytes > self.caps.max_binding) {
+                None => {
+                    self.parts = parts;
+                    return Ok(());
+                }
+                worst => too_large = worst,
+            }
+        }
+        let (name, bytes) = too_large.expect("some part did not fit");
+        Err(Error::refused(
+            name,
+            format_args!("{bytes} bytes for one head of one batch row"),
+            format!("this device binds at most {} bytes", self.caps.max_binding),
+        ))
+    }
+
+    /// The bytes of a tensor that a part sees, from an offset that may be bound; `None` for small tables and
+    /// for what has no elements.
+    fn slice(&self, name: &str, part: Part) -> Option<[u64; 2]> {
+        let problem = self.problem;
+        let group = self.group();
+        let heads = part.kv.map(|kv| kv * group);
+        let share = problem.batch / problem.kv_batch();
+        let batch = match problem.ragged_q {
+            true => [0, 1],
+            false => part.batch,
+        };
+        let kv_batch = match (problem.ragged_k, problem.has_rows) {
+            (true, _) => [0, 1],
+            (_, true) => [0, problem.kv_batch()],
+            _ => [part.batch[0] / share, part.batch[1].div_ceil(share)],
+        };
+        let rows = |width: u64| {
+            let q_len = problem.q_len() as u64;
+            let row = |b: u32, h: u32| (b as u64 * problem.heads() as u64 + h as u64) * q_len;
+            let last = row(batch[1].max(1) - 1, heads[1]);
+            ([row(batch[0], heads[0]) * width, last * width], 4)
+        };
+        let floats = |ix: usize, layout: &Layout, batch, heads| {
+            (layout.span(batch, heads), problem.types[ix].size())
+        };
+        let (span, size) = match name {
+            "q" => floats(0, &problem.q, batch, heads),
+            "k" => floats(1, &problem.k, kv_batch, part.kv),
+            "v" => floats(2, &problem.v, kv_batch, part.kv),
+            "o" => floats(3, &problem.out, batch, heads),
+            "bias" => {
+                let size = problem.bias_type.map_or(4, DType::size);
+                (problem.bias?.span(part.batch, heads), size)
+            }
+            "mask" => (problem.mask?.span(part.batch, heads), 1),
+            "weights" | "stage" => rows(problem.k_len() as u64),
+            "parts" if self.plan.splits > 1 => {
+                rows(self.plan.splits as u64 * (problem.value_dim() as u64 + 2))
+            }
+            "lse" if problem.wants_lse => rows(1),
+            _ => return None,
+        };
+        if span[0] >= span[1] {
+            return None;
+        }
+        let align = self.caps.storage_align.max(16) as u64;
+        let [from, to] = span.map(|at| at * size);
+        Some([from / align * align, to.next_multiple_of(4)])
+    }
+
+    /// Records a kernel over a part: one launch, or several where one would take too long.
+    pub(super) fn launch(&mut self, part: Part, kernel: Kernel) -> Result<()> {
+        let problem = self.problem;
+        let tables = self.tables(kernel.uses);
+        let names = kernel.buffers.iter().map(|&name| name.into());
+        let bindings: Vec<(Arc<str>, Option<[u64; 2]>)> = names
+            .chain(tables.into_iter().map(|(name, _)| name))
+            .map(|name: Arc<str>| {
+                let slice = self.slice(&name, part);
+                (name, slice)
+            })
+            .collect();
+        if bindings.len() > self.caps.storage_buffers as usize {
+            let names: Vec<&str> = bindings.iter().map(|(name, _)| &**name).collect();
+            return Err(Error::refused(
+                "the tensors of these options together",
+                names.join(", "),
+                format!("this device binds {} at once", self.caps.storage_buffers),
+            ));
+        }
+        let groups = match kernel.threads {
+            true => kernel.count.div_ceil(THREADS),
+            false => kernel.count,
+        };
+        if groups.max(kernel.count) > u32::MAX as u64 {
+            return Err(Error::refused(
+                "q",
+                format_args!("{groups} workgroups of `{}`", kernel.shader.kernel),
+                "they are counted in 32 bits",
+            ));
+        }
+        let mut params = problem.params(self.plan.splits, self.plan.split_len);
+        params.b_from = part.batch[0];
+        params.kv_from = part.kv[0];
+        params.kv_count = part.kv[1] - part.kv[0];
+        params.blocks = kernel.blocks as u32;
+        params.k_blocks = problem.k_len().div_ceil(32);
+        // Offsets count from the slice that is bound, modulo 2^32: b and h stay the problem's own.
+        for (name, slice) in &bindings {
+            let Some([from, _]) = slice else { continue };
+            let base = |size: u64| (from / size) as u32;
+            match &**name {
+                "q" => params.q_at[0] = params.q_at[0].wrapping_sub(base(problem.types[0].size())),
+                "k" => params.k_at[0] = params.k_at[0].wrapping_sub(base(problem.types[1].size())),
+                "v" => params.v_at[0] = params.v_at[0].wrapping_sub(base(problem.types[2].size())),
+                "o" => params.o_at[0] = params.o_at[0].wrapping_sub(base(problem.types[3].size())),
+                "bias" => {
+                    let size = problem.bias_type.map_or(4, DType::size);
+                    params.bias_from = params.bias_from.wrapping_sub(base(size));
+                }
+                "mask" => params.mask_from = params.mask_from.wrapping_sub(base(1)),
+                "weights" | "stage" | "parts" => params.weights_from = 0u32.wrapping_sub(base(4)),
+                "lse" => params.lse_from = 0u32.wrapping_sub(base(4)),
+                _ => {}
+            }
+        }
+        let at_once = (WORK / kernel.work.max(1)).max(1);
+        let mut from = 0;
+        while from < groups {
+            let to = groups.min(from + at_once);
+            params.block_from = from as u32;
+            params.count = match kernel.threads {
+                true => kernel.count.min(to * THREADS) as u32,
+                false => to as u32,
+            };
+            self.plan.launches.push(Launch {
+                shader: kernel.shader.clone(),
+                bindings: bindings.clone(),
+                params,
+                groups: to - from,
+            });
+            from = to;
+        }
+        Ok(())
+    }
+
+    /// The optional tensors that a kernel reads: names and element types, in the order of their bindings.
+    fn tables(&self, uses: Uses) -> Vec<(Arc<str>, &'static str)> {
+        let problem = self.problem;
+        let bias = problem.bias_type.map_or("f32", wgsl_type);
+        let t5 = problem.t5_buckets > 0;
+        let mut tables: Vec<(Arc<str>, &'static str)> = [
+            ("cu_q", "u32", problem.ragged_q),
+            ("cu_k", "u32", uses.keys && problem.ragged_k),
+            ("kv_len", "u32", uses.keys && problem.has_kv_len),
+            ("q_offset", "i32", uses.keys && problem.has_q_offset),
+            ("prefix_len", "u32", uses.keys && problem.has_prefix),
+            ("rows", "u32", uses.rows && problem.has_rows),
+            ("bias", bias, uses.scores && problem.bias.is_some()),
+            ("mask", "u32", uses.masks && problem.mask.is_some()),
+            ("alibi", "f32", uses.scores && problem.has_alibi),
+            ("t5", "f32", uses.scores && t5),
+            ("sinks", "f32", uses.sinks && problem.has_sinks),
+        ]
+        .into_iter()
+        .filter(|&(_, _, used)| used)
+        .map(|(name, element, _)| (name.into(), element))
+        .collect();
+        if uses.masks {
+            let extra = problem.extra.iter();
+            tables.extend(extra.map(|(name, dtype)| (name.clone(), wgsl_type(*dtype))));
+        }
+        tables
+    }
+
+    /// A kernel's variant for this problem.
+    pub(super) fn shader(&self, kernel: &'static str, uses: Uses) -> Shader {
+        let problem = self.problem;
+        let options = &problem.options;
+        let [q, k, v, out] = problem.types;
+        let [left, right] = problem.window();
+        let score_mod = options.score_mod.as_ref().filter(|_| uses.scores);
+        let mask_mod = options.mask_mod.as_ref().filter(|_| uses.masks);
+        let functions: Vec<&str> = score_mod
+            .into_iter()
+            .chain(mask_mod)
+            .map(|f| &**f)
+            .collect();
+        let position = match (uses.keys && problem.has_q_offset, options.align) {
+            (true, _) => "table",
+            (false, Align::TopLeft) => "top_left",
+            (false, Align::BottomRight) => "bottom_right",
+        };
+        let f16 = problem.types.contains(&DType::F16) || problem.bias_type == Some(DType::F16);
+        Shader::new(kernel)
+            .with("F16", f16)
+            .with("VEC", problem.vec())
+            .with("Q_TYPE", q.name())
+            .with("K_TYPE", k.name())
+            .with("V_TYPE", v.name())
+            .with("O_TYPE", out.name())
+            .with("BIAS_TYPE", problem.bias_type.map_or("f32", DType::name))
+            .with("HAS_KV_LEN", uses.keys && problem.has_kv_len)
+            .with("HAS_ROWS", uses.rows && problem.has_rows)
+            .with("RAGGED_Q", problem.ragged_q)
+            .with("RAGGED_K", uses.keys && problem.ragged_k)
+            .with("POSITION", position)
+            .with("HAS_LEFT", left.is_some())
+            .with("HAS_RIGHT", right.is_some())
+            .with("HAS_PREFIX", uses.keys && problem.has_prefix)
+            .with("HAS_SOFTCAP", uses.scores && options.softcap.is_some())
+            .with("HAS_BIAS", uses.scores && problem.bias.is_some())
+            .with("HAS_MASK", uses.masks && problem.mask.is_some())
+            .with("HAS_ALIBI", uses.scores && problem.has_alibi)
+            .with("HAS_T5", uses.scores && problem.t5_buckets > 0)
+            .with("T5_BOTH", options.t5.is_some_and(|t5| t5.bidirectional))
+            .with("HAS_SINKS", uses.sinks && problem.has_sinks)
+            .with("HAS_SCORE_MOD", score_mod.is_some())
+            .with("HAS_MASK_MOD", mask_mod.is_some())
+            .with("FUNCTIONS", Arc::<str>::from(functions.join("\n")))
+            .with("HAS_LSE", problem.wants_lse)
+            .with("SOFTWARE", self.caps.software)
+            .with("TABLES", self.tables(uses))
+    }
+}

@@ -1,0 +1,159 @@
+//! From a problem and a device's powers to kernels, pure: so that the choice is tested for devices that
+//! nobody here owns.
+
+mod launch;
+mod routes;
+
+use std::sync::Arc;
+
+use super::problem::{Params, Problem};
+use crate::gpu::{Caps, DType, Shader};
+use crate::{Error, Result};
+use launch::Planner;
+
+/// A way to compute attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// `scores`, `softmax`, `values`: three passes over a `[B, H, Q, K]` matrix, which they also give.
+    ThreePass,
+    /// One fused kernel for many query rows.
+    Prefill,
+    /// One fused kernel for few query rows, the key axis in parts.
+    Decode,
+}
+
+impl Route {
+    /// All of them.
+    pub const ALL: [Route; 3] = [Route::ThreePass, Route::Prefill, Route::Decode];
+}
+
+/// One launch of a plan.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Launch {
+    /// The kernel's variant.
+    pub shader: Shader,
+    /// What it binds behind its parameters, in order: names, and the bytes of the tensor that it sees, all
+    /// of them if not given.
+    pub(crate) bindings: Vec<(Arc<str>, Option<[u64; 2]>)>,
+    pub(crate) params: Params,
+    /// Workgroups.
+    pub groups: u64,
+}
+
+/// What will run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// The route taken.
+    pub route: Route,
+    /// The kernels, in order.
+    pub launches: Vec<Launch>,
+    /// Parts of the key axis.
+    pub splits: u32,
+    /// Keys in each part.
+    pub split_len: u32,
+    /// 32-bit words of scratch, which the caller may lend.
+    pub scratch: u64,
+}
+
+/// Query rows of one KV head's group up to which `decode` is taken.
+const FEW_ROWS: u32 = 16;
+/// Keys below which the key axis is not split.
+const SPLIT_AT_LEAST: u32 = 512;
+/// Keys of each part where a row's result may not depend on its neighbours.
+const INVARIANT_SPLIT: u32 = 1024;
+/// Workgroups that keep a large device busy.
+const ENOUGH_GROUPS: u32 = 256;
+/// Threads of the kernels whose threads are numbered through.
+const THREADS: u64 = 64;
+/// Multiply-adds of one launch: a tenth of a second or so on a small device, well below any watchdog.
+const WORK: u64 = 1 << 36;
+/// Turns of all its loops that a thread may take on a processor: Mesa's software driver before 25 ends
+/// every loop, without a word, once a thread has taken 65,535.
+const TURNS: u64 = 60_000;
+/// Workgroup memory of every device.
+const WORKGROUP_MEMORY: u32 = 16_384;
+
+/// Chooses the kernels for a problem.
+///
+/// # Errors
+/// [`Error::Refused`] where the device cannot honour the problem, or the forced route cannot.
+pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
+    let f16 = problem.types.contains(&DType::F16) || problem.bias_type == Some(DType::F16);
+    if f16 && !caps.f16 {
+        return Err(Error::refused(
+            "the storage type",
+            "f16",
+            "f32 or bf16: this device has no f16 in shaders",
+        ));
+    }
+    let route = choose_route(problem, caps)?;
+    let mut planner = Planner {
+        problem,
+        caps,
+        parts: Vec::new(),
+        plan: Plan {
+            route,
+            launches: Vec::new(),
+            splits: 1,
+            split_len: problem.k_len(),
+            scratch: 0,
+        },
+    };
+    match route {
+        Route::ThreePass => planner.three_pass()?,
+        Route::Prefill => planner.prefill()?,
+        Route::Decode => planner.decode()?,
+    }
+    Ok(planner.plan)
+}
+
+/// The lanes of a team that passes keys and weights around: whole teams in every subgroup.
+fn lanes(caps: &Caps) -> Option<u32> {
+    let (least, _) = caps.subgroups.filter(|&(least, _)| least >= 4)?;
+    Some((1 << least.ilog2()).min(32))
+}
+
+/// Whether workgroup memory and barriers are dear, and a row of Q a lane passed on is cheap: a processor,
+/// whose teams are whole subgroups.
+fn by_lanes(caps: &Caps) -> bool {
+    caps.software && lanes(caps).is_some_and(|n| n >= 8 && caps.subgroups == Some((n, n)))
+}
+
+/// The longest key axis of the prefill route.
+fn prefill_keys(problem: &Problem, caps: &Caps) -> u64 {
+    if !caps.software {
+        return u64::MAX;
+    }
+    // A tile's turns: staging and products for each 32 columns of D and Dv, and the rows' maxima.
+    let tiles = problem.head_dim().div_ceil(32) + problem.value_dim().div_ceil(32).min(4);
+    TURNS / (tiles as u64 * 14 + 34) * 32
+}
+
+fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
+    let rows = problem
+        .q_len()
+        .saturating_mul(problem.heads() / problem.kv_heads());
+    let route = match (problem.wants_weights, problem.options.route) {
+        (true, None | Some(Route::ThreePass)) => Route::ThreePass,
+        (true, Some(route)) => {
+            return Err(Error::refused(
+                "route",
+                format_args!("{route:?}"),
+                "only the three-pass route gives weights",
+            ));
+        }
+        (false, Some(route)) => route,
+        (false, None) if problem.options.batch_invariant || by_lanes(caps) => Route::Decode,
+        (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps) => Route::Decode,
+        (false, None) if rows <= FEW_ROWS || problem.q_len() == 1 => Route::Decode,
+        (false, None) => Route::Prefill,
+    };
+    if let (Some(splits), true) = (problem.options.splits, route != Route::Decode) {
+        return Err(Error::refused(
+            "splits",
+            splits,
+            "only the decode route splits the key axis",
+        ));
+    }
+    Ok(route)
+}

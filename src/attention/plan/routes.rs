@@ -1,0 +1,334 @@
+//! The kernels of each route.
+
+use super::super::problem::Stage;
+use super::launch::{Kernel, Part, Planner, Uses};
+use super::{
+    ENOUGH_GROUPS, INVARIANT_SPLIT, SPLIT_AT_LEAST, THREADS, TURNS, WORKGROUP_MEMORY, by_lanes,
+    lanes, prefill_keys,
+};
+use crate::{Error, Result};
+
+impl Planner<'_> {
+    pub(super) fn three_pass(&mut self) -> Result<()> {
+        let problem = self.problem;
+        let (k_len, dv) = (problem.k_len() as u64, problem.value_dim() as u64);
+        let stage = problem.options.stage;
+        let own_scratch = !problem.wants_weights || stage != Stage::Softmax;
+        let rows = self.all_rows();
+        if own_scratch {
+            // Without keys there is still a buffer to bind.
+            self.plan.scratch = (rows * k_len).max(1);
+        }
+        self.count_in_32_bits(rows * k_len.max(dv))?;
+        if self.caps.software && k_len / 4 > TURNS {
+            return Err(Error::refused(
+                "k",
+                format_args!("{k_len} rows"),
+                format!(
+                    "at most {} on the three-pass route: this driver cuts longer loops",
+                    4 * TURNS
+                ),
+            ));
+        }
+        self.make_parts(&["q", "k", "v", "o", "weights", "lse"])?;
+        for part in self.parts.clone() {
+            let rows = self.rows(part);
+            let keys = Uses {
+                keys: true,
+                ..Uses::default()
+            };
+            let scores = Uses {
+                scores: true,
+                masks: true,
+                rows: true,
+                ..keys
+            };
+            let name = match stage {
+                Stage::Raw => "raw",
+                Stage::Softcap => "softcap",
+                Stage::Biased => "biased",
+                Stage::Softmax => "softmax",
+            };
+            let mut buffers = vec!["q", "k", "weights"];
+            buffers.extend((stage != Stage::Softmax).then_some("stage"));
+            self.launch(
+                part,
+                Kernel {
+                    shader: self.shader("scores", scores).with("STAGE", name),
+                    buffers,
+                    uses: scores,
+                    count: rows * k_len.div_ceil(4),
+                    threads: true,
+                    blocks: 1,
+                    work: THREADS * 4 * problem.head_dim() as u64,
+                },
+            )?;
+            let uses = Uses {
+                sinks: true,
+                ..keys
+            };
+            let mut buffers = vec!["weights"];
+            buffers.extend(problem.wants_lse.then_some("lse"));
+            self.launch(
+                part,
+                Kernel {
+                    shader: self.shader("softmax", uses),
+                    buffers,
+                    uses,
+                    count: rows,
+                    threads: false,
+                    blocks: 1,
+                    work: k_len,
+                },
+            )?;
+            let uses = Uses { rows: true, ..keys };
+            self.launch(
+                part,
+                Kernel {
+                    shader: self.shader("values", uses),
+                    buffers: vec!["weights", "v", "o"],
+                    uses,
+                    count: rows * dv.div_ceil(4),
+                    threads: true,
+                    blocks: 1,
+                    work: THREADS * 4 * k_len,
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn prefill(&mut self) -> Result<()> {
+        let problem = self.problem;
+        let dv = problem.value_dim();
+        let chunks = dv.div_ceil(32).min(4);
+        let subgroups = self.caps.subgroups.is_some_and(|(least, _)| least >= 8);
+        self.make_parts(&["q", "k", "v", "o", "lse"])?;
+        if problem.k_len() as u64 > prefill_keys(problem, self.caps) {
+            return Err(Error::refused(
+                "k",
+                format_args!("{} rows", problem.k_len()),
+                "fewer on the prefill route: this driver cuts longer loops",
+            ));
+        }
+        let by_element = problem.mask.is_some() || problem.options.mask_mod.is_some();
+        let k_blocks = problem.k_len().div_ceil(32) as u64;
+        for part in self.parts.clone() {
+            let kv = (part.kv[1] - part.kv[0]) as u64;
+            let blocks = self.blocks(part, 32);
+            let tiles = kv * blocks * k_blocks;
+            let map = by_element
+                && problem.q_len() >= 64
+                && problem.k_len() >= 64
+                && tiles * 4 <= self.caps.max_binding;
+            if map {
+                self.plan.scratch = self.plan.scratch.max(tiles);
+                let uses = Uses {
+                    keys: true,
+                    masks: true,
+                    ..Uses::default()
+                };
+                self.launch(
+                    part,
+                    Kernel {
+                        shader: self.shader("block_map", uses),
+                        buffers: vec!["block_map"],
+                        uses,
+                        count: tiles,
+                        threads: false,
+                        blocks,
+                        work: 1024,
+                    },
+                )?;
+            }
+            let uses = Uses {
+                keys: true,
+                scores: true,
+                masks: true,
+                rows: true,
+                sinks: true,
+            };
+            let mut buffers = vec!["q", "k", "v", "o"];
+            buffers.extend(problem.wants_lse.then_some("lse"));
+            buffers.extend(map.then_some("block_map"));
+            let columns = (problem.head_dim() + chunks * 32) as u64;
+            self.launch(
+                part,
+                Kernel {
+                    shader: self
+                        .shader("prefill", uses)
+                        .with("V_CHUNKS", chunks)
+                        .with("ROWS", if chunks == 1 { 4u32 } else { 2 })
+                        .with("SUBGROUPS", subgroups)
+                        .with("HAS_BLOCK_MAP", map),
+                    buffers,
+                    uses,
+                    count: kv * blocks * dv.div_ceil(chunks * 32) as u64,
+                    threads: false,
+                    blocks,
+                    work: 32 * problem.k_len() as u64 * columns,
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn decode(&mut self) -> Result<()> {
+        let problem = self.problem;
+        let invariant = problem.options.batch_invariant;
+        let (k_len, dv) = (problem.k_len(), problem.value_dim());
+        let quads = problem.head_dim().div_ceil(4);
+        let v_quads = dv.div_ceil(4);
+        let lanes = lanes(self.caps);
+        let rows = match invariant {
+            true => 8,
+            false => problem.q_len().saturating_mul(self.group()).min(8),
+        };
+        let mut at_once = rows.next_power_of_two();
+        let memory = |rows: u32| match lanes {
+            Some(lanes) => rows * (quads * 16 + 64 / lanes * 8 + 1032),
+            None => rows * (quads * 16 + 1284) + 1024,
+        };
+        // What a lane holds for so many rows and keys: O; product, score and weight of each key; the rest. A
+        // processor keeps what does not fit its registers in its nearest cache; small subgroups are
+        // Intel's, with 128 registers (8 rows spilled 37 to 312 of them there), and so may be a device
+        // without any.
+        let chunks = v_quads.div_ceil(lanes.unwrap_or(64));
+        let registers = |rows: u32, keys: u32| rows * (4 * chunks + 3 * keys + 8);
+        let room = match (self.caps.software, lanes) {
+            (true, Some(_)) => 300,
+            (_, Some(32)) => 224,
+            _ => 96,
+        };
+        let least_keys = if lanes.is_some() { 1 } else { 4 };
+        while at_once > 1
+            && (memory(at_once) > WORKGROUP_MEMORY || registers(at_once, least_keys) > room)
+        {
+            at_once /= 2;
+        }
+        // Several rows and keys share what is read; few rows would only use up registers.
+        let keys = if at_once >= 4 && registers(at_once, 4) <= room {
+            4u32
+        } else {
+            1
+        };
+        let whole = Part {
+            batch: [0, problem.batch],
+            kv: [0, problem.kv_heads()],
+        };
+        let groups = problem.kv_heads() as u64 * self.blocks(whole, at_once);
+        let split_len = match (problem.options.splits, invariant) {
+            (Some(splits), _) => k_len.div_ceil(splits),
+            (None, true) => INVARIANT_SPLIT,
+            (None, false) => {
+                let wanted = (ENOUGH_GROUPS as u64).div_ceil(groups.max(1)) as u32;
+                k_len.div_ceil(wanted.min(k_len / SPLIT_AT_LEAST).max(1))
+            }
+        };
+        // Turns for 256 keys: queries and values of each step, and without subgroups the rows' maxima.
+        let turns = match lanes {
+            Some(lanes) => (quads + lanes + 1) * 4 / keys,
+            None => {
+                let slices = 64 / v_quads.div_ceil(v_quads.div_ceil(64));
+                4 * (quads + 1) + 64 * at_once + 256 / slices + 1
+            }
+        };
+        let most = match self.caps.software {
+            true => (TURNS / turns as u64 * 256) as u32,
+            false => u32::MAX,
+        };
+        if let (Some(splits), true) = (problem.options.splits, split_len > most) {
+            return Err(Error::refused(
+                "splits",
+                splits,
+                format!(
+                    "at least {}: this driver cuts longer loops",
+                    k_len.div_ceil(most)
+                ),
+            ));
+        }
+        self.plan.split_len = split_len.min(most).next_multiple_of(64).max(64);
+        // Whole steps of 64 keys may need fewer parts than were asked for.
+        self.plan.splits = k_len.div_ceil(self.plan.split_len).max(1);
+        let split = self.plan.splits > 1;
+        if split {
+            self.plan.scratch = self.all_rows() * self.plan.splits as u64 * (dv as u64 + 2);
+        }
+        self.count_in_32_bits(self.plan.scratch)?;
+        self.make_parts(&["q", "k", "v", "o", "parts", "lse"])?;
+        for part in self.parts.clone() {
+            let uses = Uses {
+                keys: true,
+                scores: true,
+                masks: true,
+                rows: true,
+                sinks: !split,
+            };
+            let [left, right] = problem.window();
+            let ranges = right.is_some() || problem.has_prefix;
+            let few_see = invariant || left.is_some() || (ranges && problem.q_len() > 1);
+            let base = |kernel| {
+                self.shader(kernel, uses)
+                    .with("ROWS", at_once)
+                    .with("QUADS", quads)
+                    .with("SPLIT", split)
+                    .with("FEW_SEE", few_see)
+                    .with("INVARIANT", invariant)
+            };
+            let shader = match lanes {
+                Some(lanes) => base("decode_lanes")
+                    .with("LANES", lanes)
+                    .with("KEYS", keys)
+                    .with("Q_BY_LANES", by_lanes(self.caps))
+                    .with("CHUNKS", v_quads.div_ceil(lanes)),
+                None => {
+                    let chunks = v_quads.div_ceil(64);
+                    let columns = v_quads.div_ceil(chunks);
+                    base("decode")
+                        .with("COLUMNS", columns)
+                        .with("SLICES", 64 / columns)
+                        .with("CHUNKS", chunks)
+                }
+            };
+            let kv = (part.kv[1] - part.kv[0]) as u64;
+            let blocks = self.blocks(part, at_once);
+            let mut buffers = vec!["q", "k", "v", if split { "parts" } else { "o" }];
+            buffers.extend((problem.wants_lse && !split).then_some("lse"));
+            self.launch(
+                part,
+                Kernel {
+                    shader,
+                    buffers,
+                    uses,
+                    count: kv * blocks * self.plan.splits as u64,
+                    threads: false,
+                    blocks,
+                    work: at_once as u64
+                        * self.plan.split_len as u64
+                        * (problem.head_dim() + dv) as u64,
+                },
+            )?;
+            if split {
+                let uses = Uses {
+                    sinks: true,
+                    ..Uses::default()
+                };
+                let mut buffers = vec!["parts", "o"];
+                buffers.extend(problem.wants_lse.then_some("lse"));
+                self.launch(
+                    part,
+                    Kernel {
+                        shader: self.shader("merge", uses),
+                        buffers,
+                        uses,
+                        count: self.rows(part) * v_quads as u64,
+                        threads: true,
+                        blocks: 1,
+                        work: THREADS * 4 * self.plan.splits as u64,
+                    },
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
