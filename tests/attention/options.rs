@@ -173,6 +173,68 @@ fn every_stage_of_the_scores_equals_the_oracle() {
     assert_eq!(runs, 16);
 }
 
+/// Options whose tensors the merging of the parts reads too, or does not.
+#[test]
+fn every_option_survives_the_splitting_of_the_keys() {
+    if !gpu().caps().f16 {
+        return println!("0 runs: this device has no f16");
+    }
+    let mut runs = 0;
+    for caps in [gpu().caps().clone(), gpu().caps().without_subgroups()] {
+        let gpu = gpu().narrowed(caps);
+        for (seed, (_, change)) in OPTIONS.into_iter().enumerate() {
+            let mut case = plain([5, 200]);
+            change(&mut case);
+            let prepared = Prepared::new(&gpu, &case, seed as u64);
+            let answer = prepared.run(Some(Route::Decode), Some(3), None).unwrap();
+            assert_eq!(answer.plan.splits, 3);
+            runs += 1;
+        }
+    }
+    assert_eq!(runs, 2 * OPTIONS.len());
+}
+
+/// The last query of three, and the same query alone: chunks of a prompt may be cut anywhere.
+#[test]
+fn a_batch_invariant_row_does_not_change_with_its_chunk() {
+    let (d, k_len) = (16, 1100);
+    let mut random = grid::Random::new(9);
+    let mut noise = |n: u32| -> Vec<f32> { (0..n).map(|_| random.float() as f32).collect() };
+    let queries = noise(3 * d);
+    let kv = [noise(k_len * d), noise(k_len * d)].map(|values| {
+        gpu()
+            .upload_floats("kv", F32, &[1, 1, k_len, d], &values)
+            .unwrap()
+    });
+    let run = |queries: &[f32]| -> Vec<u32> {
+        let shape = [1, 1, queries.len() as u32 / d, d];
+        let q = gpu().upload_floats("q", F32, &shape, queries).unwrap();
+        let out = gpu().empty("out", F32, &shape).unwrap();
+        let tensors = Tensors::new(
+            View::bhld(&q).unwrap(),
+            View::bhld(&kv[0]).unwrap(),
+            View::bhld(&kv[1]).unwrap(),
+            View::bhld(&out).unwrap(),
+        );
+        let options = Options {
+            causal: true,
+            // The window of the first query begins in another step of the loop than the last one's.
+            window: [Some(k_len - 1 - 640), None],
+            batch_invariant: true,
+            ..Options::default()
+        };
+        let mut recorder = Recorder::new(gpu());
+        record(&mut recorder, &tensors, &options).unwrap();
+        gpu().run(&recorder.finish().unwrap()).unwrap();
+        let all = gpu().read_floats(&out).unwrap();
+        all[all.len() - d as usize..]
+            .iter()
+            .map(|x| x.to_bits())
+            .collect()
+    };
+    assert_eq!(run(&queries), run(&queries[2 * d as usize..]));
+}
+
 /// The same row with other neighbours: queries and keys of one sequence, bit for bit, in ragged batches.
 #[test]
 fn a_batch_invariant_row_does_not_change_with_its_neighbours() {
