@@ -183,7 +183,7 @@ fn every_option_survives_the_splitting_of_the_keys() {
     for caps in [gpu().caps().clone(), gpu().caps().without_subgroups()] {
         let gpu = gpu().narrowed(caps);
         for (seed, (_, change)) in OPTIONS.into_iter().enumerate() {
-            let mut case = plain([5, 200]);
+            let mut case = plain([5, 192]);
             change(&mut case);
             let prepared = Prepared::new(&gpu, &case, seed as u64);
             let answer = prepared.run(Some(Route::Decode), Some(3), None).unwrap();
