@@ -1,9 +1,12 @@
-// block_map: which tiles of 32 rows by 32 keys of a KV head's group hold an element that the mask allows.
+// block_map: which tiles of BLOCK_Q rows by BLOCK_K keys of a KV head's group hold an element that the mask allows.
 //
 //   one workgroup a tile: any(allowed); the tile's word is 1 or 0
 {% set buffers = [["block_map", "read_write", "u32"]] %}
 {% include "shared/problem.wgsl" %}
 {% include "shared/score.wgsl" %}
+
+const BLOCK_Q = {{ BLOCK_Q }}u;
+const BLOCK_K = {{ BLOCK_K }}u;
 
 var<workgroup> wg_any: atomic<u32>;
 
@@ -19,7 +22,7 @@ fn main(
     let tile = index % P.k_blocks;
     let n = index / P.k_blocks % P.blocks;
     let kh = index / (P.k_blocks * P.blocks);
-    let block = block_at(n, 32u, per_kv);
+    let block = block_at(n, BLOCK_Q, per_kv);
     if (block.x >= P.batch) { return; }
     if (thread == 0u) { atomicStore(&wg_any, 0u); }
     workgroupBarrier();
@@ -27,9 +30,9 @@ fn main(
     let queries = q_count(b);
     let length = kv_length(kv_row(b));
     let start = q_position(b, length);
-    for (var cell = thread; cell < 1024u; cell += 64u) {
-        let row = block.y + cell / 32u;
-        let j = tile * 32u + cell % 32u;
+    for (var cell = thread; cell < BLOCK_Q * BLOCK_K; cell += 64u) {
+        let row = block.y + cell / BLOCK_K;
+        let j = tile * BLOCK_K + cell % BLOCK_K;
         if (row < queries * per_kv) {
             let h = kh * per_kv + row / queries;
             let i = row % queries;

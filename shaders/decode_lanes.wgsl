@@ -30,7 +30,8 @@ const TEAMS = {{ 64 // LANES }}u;
 const KEYS = {{ KEYS }}u;       // of a lane, a step
 const STEP = {{ 64 * KEYS }}u;  // keys of the workgroup, a step
 
-var<workgroup> wg_q: array<vec4<f32>, {{ ROWS * QUADS }}>;
+// Mesa unrolls loops over arrays of at most 32 elements, which takes it seconds.
+var<workgroup> wg_q: array<vec4<f32>, {{ [ROWS * QUADS, 33] | max }}>;
 var<workgroup> wg_m: array<f32, {{ ROWS * (64 // LANES) }}>;
 var<workgroup> wg_l: array<f32, {{ ROWS * (64 // LANES) }}>;
 var<workgroup> wg_top: array<f32, ROWS>;
@@ -165,18 +166,22 @@ fn main(
         wg_top[thread] = top;
         wg_over[thread] = finish_row(work, thread, top, sum);
     }
-    // The teams' parts of O.
-{% for c in range(CHUNKS) %}
-    workgroupBarrier();
+    // The teams' parts of O, chunk by chunk.
+    for (var c = 0u; c < {{ CHUNKS }}u{{ ROLL }}; c += 1u) {
+        workgroupBarrier();
 {% for r in range(ROWS) %}
-    wg_o[{{ r * 64 }}u + thread] = o_{{ r }}_{{ c }} * exp2(m_{{ r }} - wg_top[{{ r }}]);
+        var o_{{ r }} = o_{{ r }}_0;
+{% for c in range(1, CHUNKS) %}
+        o_{{ r }} = select(o_{{ r }}, o_{{ r }}_{{ c }}, c == {{ c }}u);
 {% endfor %}
-    workgroupBarrier();
-    for (var n = thread; n < ROWS * LANES{{ ROLL }}; n += 64u) {
-        let r = n / LANES;
-        var sum = vec4<f32>();
-        for (var t = 0u; t < TEAMS{{ ROLL }}; t += 1u) { sum += wg_o[r * 64u + t * LANES + n % LANES]; }
-        write_row(work, r, (n % LANES + {{ c }}u * LANES) * 4u, sum * wg_over[r]);
+        wg_o[{{ r * 64 }}u + thread] = o_{{ r }} * exp2(m_{{ r }} - wg_top[{{ r }}]);
+{% endfor %}
+        workgroupBarrier();
+        for (var n = thread; n < ROWS * LANES{{ ROLL }}; n += 64u) {
+            let r = n / LANES;
+            var sum = vec4<f32>();
+            for (var t = 0u; t < TEAMS{{ ROLL }}; t += 1u) { sum += wg_o[r * 64u + t * LANES + n % LANES]; }
+            write_row(work, r, (n % LANES + c * LANES) * 4u, sum * wg_over[r]);
+        }
     }
-{% endfor %}
 }

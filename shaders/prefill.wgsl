@@ -19,7 +19,7 @@
 // columns spill on Intel DG2 (SIMD8, 118 spills at 128 columns), so only the narrowest heads have four.
 //
 // Lost: on llvmpipe, where each lane's read of workgroup memory is one of its own, this kernel makes 4.4
-// GFLOP/s at 8 heads of 512 x 512, D 64, and `decode_lanes` 22.6, so plans take that one there.
+// GFLOP/s at 8 heads of 512 x 512, D 64, and `prefill_lanes` 47, so plans take that one there.
 {% if F16 %}
 enable f16;
 {% endif %}

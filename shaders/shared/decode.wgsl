@@ -7,9 +7,9 @@
 {% set buffers = [["q", "read", element(Q_TYPE, VEC)], ["k", "read", element(K_TYPE, VEC)], ["v", "read", element(V_TYPE, VEC)]] + result + lse %}
 {% include "shared/problem.wgsl" %}
 {% include "shared/score.wgsl" %}
-{{ row_loader("q", Q_TYPE, "head_dim", "x", VEC) }}
-{{ row_loader("k", K_TYPE, "head_dim", "y", VEC) }}
-{{ row_loader("v", V_TYPE, "value_dim", "z", VEC) }}
+{{ row_loader("q", Q_TYPE, "head_dim", "x", VEC, true) }}
+{{ row_loader("k", K_TYPE, "head_dim", "y", VEC, true) }}
+{{ row_loader("v", V_TYPE, "value_dim", "z", VEC, V_WHOLE) }}
 {% if not SPLIT %}
 {{ row_writer("o", O_TYPE, "value_dim", VEC) }}
 {% endif %}

@@ -5,11 +5,14 @@
 {%- if type == "bf16" %}{{ "vec2<u32>" if VEC == 4 else "u32" }}{% elif VEC == 4 %}vec4<{{ type }}>{% else %}{{ type }}{% endif -%}
 {%- endmacro %}
 
-// Four elements of a row that starts at element `at`, from column `d` on; zeros past the row's end.
-{% macro row_loader(name, type, extent, column, VEC) %}
+// Four elements of a row that starts at element `at`, from column `d` on; zeros past the row's end, unless
+// the kernel reads `inside` the row only.
+{% macro row_loader(name, type, extent, column, VEC, inside=false) %}
 fn load_{{ name }}(at: u32, d: u32) -> vec4<f32> {
 {% if VEC == 4 %}
+{% if not inside %}
     if (d >= P.{{ extent }}) { return vec4<f32>(); }
+{% endif %}
 {% if type == "bf16" %}
     let x = {{ name }}[(at + d) / 4u];
     return bitcast<vec4<f32>>(vec4<u32>(x.x << 16u, x.x & 0xffff0000u, x.y << 16u, x.y & 0xffff0000u));

@@ -80,6 +80,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "merge",
     "norm",
     "prefill",
+    "prefill_lanes",
     "reorder",
     "scores",
     "softmax",

@@ -293,6 +293,15 @@ fn every_split_of_the_keys_equals_the_oracle_and_repeats_its_bits() {
     assert_eq!(parts, HashSet::from([1, 2, 3, 6, 7]));
 }
 
+/// The device's powers, but for subgroups that may be larger than a team of lanes: as on most GPUs.
+pub fn teams_in_subgroups() -> Caps {
+    let full = gpu().caps();
+    Caps {
+        subgroups: full.subgroups.map(|(least, _)| (least, 2 * least)),
+        ..full.clone()
+    }
+}
+
 /// A few cases that reach every kernel.
 fn some_cases() -> Vec<Case> {
     let case = |len, kv_len| Case {
@@ -315,6 +324,7 @@ fn every_set_of_powers_equals_the_oracle() {
     };
     for caps in [
         full.clone(),
+        teams_in_subgroups(),
         full.without_subgroups(),
         full.without_f16(),
         full.browser(),

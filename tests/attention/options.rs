@@ -180,7 +180,11 @@ fn every_option_survives_the_splitting_of_the_keys() {
         return println!("0 runs: this device has no f16");
     }
     let mut runs = 0;
-    for caps in [gpu().caps().clone(), gpu().caps().without_subgroups()] {
+    for caps in [
+        gpu().caps().clone(),
+        teams_in_subgroups(),
+        gpu().caps().without_subgroups(),
+    ] {
         let gpu = gpu().narrowed(caps);
         for (seed, (_, change)) in OPTIONS.into_iter().enumerate() {
             let mut case = plain([5, 192]);
@@ -188,6 +192,28 @@ fn every_option_survives_the_splitting_of_the_keys() {
             let prepared = Prepared::new(&gpu, &case, seed as u64);
             let answer = prepared.run(Some(Route::Decode), Some(3), None).unwrap();
             assert_eq!(answer.plan.splits, 3);
+            runs += 1;
+        }
+    }
+    assert_eq!(runs, 3 * OPTIONS.len());
+}
+
+/// What the full powers of a software device do not choose.
+#[test]
+fn every_option_equals_the_oracle_in_the_tiles_of_workgroup_memory() {
+    if !gpu().caps().f16 {
+        return println!("0 runs: this device has no f16");
+    }
+    let mut runs = 0;
+    for caps in [teams_in_subgroups(), gpu().caps().without_subgroups()] {
+        let gpu = gpu().narrowed(caps);
+        for (seed, (_, change)) in OPTIONS.into_iter().enumerate() {
+            let mut case = plain([40, 70]);
+            change(&mut case);
+            let prepared = Prepared::new(&gpu, &case, seed as u64);
+            let answer = prepared.run(Some(Route::Prefill), None, None).unwrap();
+            let mut kernels = answer.plan.launches.iter().map(|one| one.shader.kernel);
+            assert!(kernels.any(|kernel| kernel == "prefill"));
             runs += 1;
         }
     }

@@ -61,6 +61,32 @@ fn the_plan_takes_decode_for_few_rows_and_prefill_for_many() {
 }
 
 #[test]
+fn a_processor_passes_what_it_reads_between_lanes() {
+    let options = Options::default();
+    let teams = Caps {
+        software: true,
+        subgroups: Some((8, 8)),
+        ..caps()
+    };
+    let halves = Caps {
+        subgroups: Some((8, 16)),
+        ..teams.clone()
+    };
+    for (caps, q_len, kernel) in [
+        (&teams, 8, "decode_lanes"),
+        (&teams, 9, "prefill_lanes"),
+        (&teams, 500, "prefill_lanes"),
+        (&halves, 16, "decode_lanes"),
+        (&halves, 17, "prefill"),
+        (&teams.without_subgroups(), 17, "prefill"),
+        (&teams.without_subgroups(), 16, "decode"),
+    ] {
+        let plan = planned([1, 8, 8], [q_len, 100], [64, 64], &options, caps).unwrap();
+        assert_eq!(plan.launches[0].shader.kernel, kernel, "{q_len}");
+    }
+}
+
+#[test]
 fn the_plan_depends_on_nothing_but_its_arguments() {
     let options = Options::default();
     let make = |caps: &Caps| planned([2, 4, 2], [3, 1000], [64, 80], &options, caps).unwrap();

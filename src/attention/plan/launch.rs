@@ -33,6 +33,8 @@ pub(super) struct Planner<'a> {
     pub(super) problem: &'a Problem,
     pub(super) caps: &'a Caps,
     pub(super) parts: Vec<Part>,
+    /// Keys of a tile of the block map.
+    pub(super) k_block: u32,
     pub(super) plan: Plan,
 }
 
@@ -228,7 +230,7 @@ impl Planner<'_> {
         params.kv_from = part.kv[0];
         params.kv_count = part.kv[1] - part.kv[0];
         params.blocks = kernel.blocks as u32;
-        params.k_blocks = problem.k_len().div_ceil(32);
+        params.k_blocks = problem.k_len().div_ceil(self.k_block);
         // Offsets count from the slice that is bound, modulo 2^32: b and h stay the problem's own.
         for (name, slice) in &bindings {
             let Some([from, _]) = slice else { continue };

@@ -55,7 +55,7 @@ pub struct Plan {
     pub scratch: u64,
 }
 
-/// Query rows of one KV head's group up to which `decode` is taken.
+/// Query rows of one KV head's group up to which `decode` is taken; half as many on a processor.
 const FEW_ROWS: u32 = 16;
 /// Keys below which the key axis is not split.
 const SPLIT_AT_LEAST: u32 = 512;
@@ -91,6 +91,7 @@ pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
         problem,
         caps,
         parts: Vec::new(),
+        k_block: 32,
         plan: Plan {
             route,
             launches: Vec::new(),
@@ -124,7 +125,11 @@ fn prefill_keys(problem: &Problem, caps: &Caps) -> u64 {
     if !caps.software {
         return u64::MAX;
     }
-    // A tile's turns: staging and products for each 32 columns of D and Dv, and the rows' maxima.
+    // A tile's turns. By lanes: its products, scores and weights.
+    if by_lanes(caps) {
+        return TURNS / (problem.head_dim() as u64 / 4 + 60) * 32;
+    }
+    // Staging and products for each 32 columns of D and Dv, and the rows' maxima.
     let tiles = problem.head_dim().div_ceil(32) + problem.value_dim().div_ceil(32).min(4);
     TURNS / (tiles as u64 * 14 + 34) * 32
 }
@@ -133,6 +138,7 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
     let rows = problem
         .q_len()
         .saturating_mul(problem.heads() / problem.kv_heads());
+    let few = FEW_ROWS / if by_lanes(caps) { 2 } else { 1 };
     let route = match (problem.wants_weights, problem.options.route) {
         (true, None | Some(Route::ThreePass)) => Route::ThreePass,
         (true, Some(route)) => {
@@ -143,9 +149,9 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
             ));
         }
         (false, Some(route)) => route,
-        (false, None) if problem.options.batch_invariant || by_lanes(caps) => Route::Decode,
+        (false, None) if problem.options.batch_invariant => Route::Decode,
         (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps) => Route::Decode,
-        (false, None) if rows <= FEW_ROWS || problem.q_len() == 1 => Route::Decode,
+        (false, None) if rows <= few || problem.q_len() == 1 => Route::Decode,
         (false, None) => Route::Prefill,
     };
     if let (Some(splits), true) = (problem.options.splits, route != Route::Decode) {

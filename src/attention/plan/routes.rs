@@ -100,8 +100,19 @@ impl Planner<'_> {
 
     pub(super) fn prefill(&mut self) -> Result<()> {
         let problem = self.problem;
-        let dv = problem.value_dim();
-        let chunks = dv.div_ceil(32).min(4);
+        let (head_dim, dv) = (problem.head_dim(), problem.value_dim());
+        let by_lanes = by_lanes(self.caps).then(|| lanes(self.caps)).flatten();
+        // Keys of a tile, and value columns of a chunk, of which a workgroup has up to four.
+        let block_k = by_lanes.map_or(32, |lanes| 4 * lanes);
+        let columns = block_k;
+        let chunks = dv.div_ceil(columns).min(4);
+        // More rows of many columns would take more than a second to compile.
+        let rows = problem.q_len().saturating_mul(self.group());
+        let block_q = match by_lanes {
+            Some(_) if chunks > 2 || rows <= 32 => 16,
+            Some(_) => 24,
+            None => 32,
+        };
         let subgroups = self.caps.subgroups.is_some_and(|(least, _)| least >= 8);
         self.make_parts(&["q", "k", "v", "o", "lse"])?;
         if problem.k_len() as u64 > prefill_keys(problem, self.caps) {
@@ -112,10 +123,11 @@ impl Planner<'_> {
             ));
         }
         let by_element = problem.mask.is_some() || problem.options.mask_mod.is_some();
-        let k_blocks = problem.k_len().div_ceil(32) as u64;
+        self.k_block = block_k;
+        let k_blocks = problem.k_len().div_ceil(block_k) as u64;
         for part in self.parts.clone() {
             let kv = (part.kv[1] - part.kv[0]) as u64;
-            let blocks = self.blocks(part, 32);
+            let blocks = self.blocks(part, block_q);
             let tiles = kv * blocks * k_blocks;
             let map = by_element
                 && problem.q_len() >= 64
@@ -131,7 +143,10 @@ impl Planner<'_> {
                 self.launch(
                     part,
                     Kernel {
-                        shader: self.shader("block_map", uses),
+                        shader: self
+                            .shader("block_map", uses)
+                            .with("BLOCK_Q", block_q)
+                            .with("BLOCK_K", block_k),
                         buffers: vec!["block_map"],
                         uses,
                         count: tiles,
@@ -151,22 +166,29 @@ impl Planner<'_> {
             let mut buffers = vec!["q", "k", "v", "o"];
             buffers.extend(problem.wants_lse.then_some("lse"));
             buffers.extend(map.then_some("block_map"));
-            let columns = (problem.head_dim() + chunks * 32) as u64;
+            let shader = match by_lanes {
+                Some(lanes) => self
+                    .shader("prefill_lanes", uses)
+                    .with("ROWS", block_q)
+                    .with("LANES", lanes)
+                    .with("V_WHOLE", dv.is_multiple_of(chunks * columns)),
+                None => self
+                    .shader("prefill", uses)
+                    .with("ROWS", if chunks == 1 { 4u32 } else { 2 })
+                    .with("SUBGROUPS", subgroups),
+            };
             self.launch(
                 part,
                 Kernel {
-                    shader: self
-                        .shader("prefill", uses)
-                        .with("V_CHUNKS", chunks)
-                        .with("ROWS", if chunks == 1 { 4u32 } else { 2 })
-                        .with("SUBGROUPS", subgroups)
-                        .with("HAS_BLOCK_MAP", map),
+                    shader: shader.with("V_CHUNKS", chunks).with("HAS_BLOCK_MAP", map),
                     buffers,
                     uses,
-                    count: kv * blocks * dv.div_ceil(chunks * 32) as u64,
+                    count: kv * blocks * dv.div_ceil(chunks * columns) as u64,
                     threads: false,
                     blocks,
-                    work: 32 * problem.k_len() as u64 * columns,
+                    work: block_q as u64
+                        * problem.k_len() as u64
+                        * (head_dim + chunks * columns) as u64,
                 },
             )?;
         }
@@ -280,7 +302,8 @@ impl Planner<'_> {
                     .with("LANES", lanes)
                     .with("KEYS", keys)
                     .with("Q_BY_LANES", by_lanes(self.caps))
-                    .with("CHUNKS", v_quads.div_ceil(lanes)),
+                    .with("CHUNKS", v_quads.div_ceil(lanes))
+                    .with("V_WHOLE", dv.is_multiple_of(4 * lanes)),
                 None => {
                     let chunks = v_quads.div_ceil(64);
                     let columns = v_quads.div_ceil(chunks);
@@ -288,6 +311,7 @@ impl Planner<'_> {
                         .with("COLUMNS", columns)
                         .with("SLICES", 64 / columns)
                         .with("CHUNKS", chunks)
+                        .with("V_WHOLE", dv.is_multiple_of(4 * columns * chunks))
                 }
             };
             let kv = (part.kv[1] - part.kv[0]) as u64;
