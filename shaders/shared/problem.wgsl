@@ -30,7 +30,8 @@ struct Problem {
     count: u32,          // of workgroups, or of threads where they are numbered through
     k_blocks: u32,       // of the block map
     one: u32,            // 1, which no compiler knows
-    unused_0: u32, unused_1: u32, unused_2: u32,
+    pool: u32,           // pages of K and V
+    unused_0: u32, unused_1: u32,
 }
 
 @group(0) @binding(0) var<uniform> P: Problem;
@@ -108,10 +109,14 @@ fn row_number(b: u32, h: u32, i: u32) -> u32 {
 {% endif %}
 }
 
-// The first element of key `j` of batch row `kb`: `rows` names the batch row that holds each position.
+// The first element of key `j` of batch row `kb`: `rows` names the batch row that holds each position, `pages`
+// the page that holds each PAGE of them.
 fn key_at(view: vec4<u32>, kb: u32, head: u32, j: u32) -> u32 {
 {% if RAGGED_K %}
     return view.x + head * view.z + (k_start(kb) + j) * view.w;
+{% elif PAGE %}
+    let page = min(pages[kb * (P.k_len / {{ PAGE }}u) + j / {{ PAGE }}u], P.pool - 1u);
+    return view.x + page * view.y + head * view.z + (j % {{ PAGE }}u) * view.w;
 {% elif HAS_ROWS %}
     let row = min(rows[kb * P.k_len + j], P.kv_batch - 1u);
     return view.x + row * view.y + head * view.z + j * view.w;

@@ -1,15 +1,29 @@
-// Reading and writing rows of an attention tensor, four columns at a time. bf16 is unpacked by its bits.
+// Reading and writing rows of an attention tensor, four columns at a time. bf16 is unpacked by its bits,
+// q8_0 and q4_0 from pairs of blocks of 32: a word of two scales, then the quants of both.
 
 // The element type of a tensor's binding.
 {% macro element(type, VEC) -%}
-{%- if type == "bf16" %}{{ "vec2<u32>" if VEC == 4 else "u32" }}{% elif VEC == 4 %}vec4<{{ type }}>{% else %}{{ type }}{% endif -%}
+{%- if type in ["q8_0", "q4_0"] %}u32{% elif type == "bf16" %}{{ "vec2<u32>" if VEC == 4 else "u32" }}{% elif VEC == 4 %}vec4<{{ type }}>{% else %}{{ type }}{% endif -%}
 {%- endmacro %}
 
 // Four elements of a row that starts at element `at`, from column `d` on; zeros past the row's end, unless
 // the kernel reads `inside` the row only.
 {% macro row_loader(name, type, extent, column, VEC, inside=false) %}
 fn load_{{ name }}(at: u32, d: u32) -> vec4<f32> {
-{% if VEC == 4 %}
+{% if type in ["q8_0", "q4_0"] %}
+{% if not inside %}
+    if (d >= P.{{ extent }}) { return vec4<f32>(); }
+{% endif %}
+    let pair = at + d / 64u * {{ 17 if type == "q8_0" else 9 }}u;
+    let scales = unpack2x16float({{ name }}[pair]);
+{% if type == "q8_0" %}
+    let quants = vec4<f32>(unpack4xI8({{ name }}[pair + 1u + d % 64u / 4u]));
+{% else %}
+    let word = {{ name }}[pair + 1u + d % 64u / 8u] >> (d % 8u * 4u);
+    let quants = vec4<f32>((vec4<u32>(word) >> vec4<u32>(0u, 4u, 8u, 12u)) & vec4<u32>(15u)) - 8.0;
+{% endif %}
+    return select(scales.x, scales.y, d % 64u >= 32u) * quants;
+{% elif VEC == 4 %}
 {% if not inside %}
     if (d >= P.{{ extent }}) { return vec4<f32>(); }
 {% endif %}
@@ -27,7 +41,7 @@ fn load_{{ name }}(at: u32, d: u32) -> vec4<f32> {
     return x;
 {% endif %}
 }
-{% if VEC != 4 %}
+{% if VEC != 4 and type not in ["q8_0", "q4_0"] %}
 fn element_{{ name }}(at: u32) -> f32 {
 {% if type == "bf16" %}
     let x = {{ name }}[at / 2u];

@@ -83,6 +83,7 @@ fn record_plan(
             "cu_q" => tensors.cu_q.cloned(),
             "cu_k" => tensors.cu_k.cloned(),
             "rows" => tensors.rows.cloned(),
+            "pages" => tensors.pages.cloned(),
             "bias" => view(&tensors.bias),
             "mask" => view(&tensors.mask),
             "alibi" => tensors.alibi.cloned(),

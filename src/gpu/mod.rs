@@ -2,6 +2,7 @@
 //! spoken in this folder alone.
 
 mod adapter;
+pub mod blocks;
 mod caps;
 mod pipeline_cache;
 mod recorder;
@@ -40,16 +41,6 @@ struct Inner {
     cache: Option<pipeline_cache::DiskCache>,
     stats: Arc<Stats>,
     trouble: Arc<Mutex<Trouble>>,
-}
-
-/// Bytes of a tensor; more than there can be where that is not to be counted.
-fn bytes_of(dtype: DType, shape: &[u32]) -> u64 {
-    let elements = shape
-        .iter()
-        .try_fold(1u64, |n, &extent| n.checked_mul(extent as u64));
-    elements
-        .and_then(|n| n.checked_mul(dtype.size()))
-        .unwrap_or(u64::MAX)
 }
 
 /// What the device told out of turn.
@@ -352,13 +343,13 @@ impl Gpu {
 
     /// A tensor of zeros.
     pub fn empty(&self, label: &str, dtype: DType, shape: &[u32]) -> Result<Tensor> {
-        let bytes = bytes_of(dtype, shape);
+        let bytes = dtype.bytes(shape);
         Ok(self.tensor(self.buffer(label, bytes, TENSOR, None)?, dtype, shape))
     }
 
     /// A tensor with those elements, `bytes` of them in the tensor's type.
     pub fn upload(&self, label: &str, dtype: DType, shape: &[u32], bytes: &[u8]) -> Result<Tensor> {
-        let need = bytes_of(dtype, shape);
+        let need = dtype.bytes(shape);
         if bytes.len() as u64 != need {
             return Err(Error::refused(
                 label,
@@ -392,6 +383,11 @@ impl Gpu {
                     values.iter().map(|&x| half::bf16::from_f32(x)).collect();
                 self.upload(label, dtype, shape, bytemuck::cast_slice(&halves))
             }
+            DType::Q8_0 | DType::Q4_0 => {
+                let columns = shape.last().copied().unwrap_or(0);
+                let words = blocks::quantize(dtype, columns, values);
+                self.upload(label, dtype, shape, bytemuck::cast_slice(&words))
+            }
             _ => self.upload(label, dtype, shape, bytemuck::cast_slice(values)),
         }
     }
@@ -424,7 +420,7 @@ impl Gpu {
     /// [`Error::Refused`] for more bytes than the tensor has, and for a number of them that is not whole
     /// fours.
     pub fn write(&self, tensor: &Tensor, bytes: &[u8]) -> Result<()> {
-        let (n, most) = (bytes.len() as u64, tensor.len() * tensor.dtype.size());
+        let (n, most) = (bytes.len() as u64, tensor.bytes());
         if n > most || !n.is_multiple_of(4) {
             let bound = format!("at most {most}, in whole fours");
             return Err(Error::refused(
@@ -516,7 +512,7 @@ impl Gpu {
 
     /// The bytes of a tensor. Waits for everything submitted before.
     pub fn read(&self, tensor: &Tensor) -> Result<Vec<u8>> {
-        let bytes = tensor.len() * tensor.dtype.size();
+        let bytes = tensor.bytes();
         let staging = self.staging(bytes)?;
         let mut recorder = Recorder::new(self);
         recorder.copy(tensor, staging.buffer(), 0);
@@ -536,6 +532,11 @@ impl Gpu {
                 .chunks_exact(2)
                 .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
                 .collect(),
+            DType::Q8_0 | DType::Q4_0 => {
+                let columns = tensor.shape.last().copied().unwrap_or(0);
+                let words: Vec<u32> = bytemuck::pod_collect_to_vec(&bytes);
+                blocks::dequantize(tensor.dtype, columns, &words)
+            }
             _ => bytemuck::pod_collect_to_vec(&bytes),
         })
     }

@@ -206,7 +206,7 @@ impl Recording {
         let mut steps = self.steps.iter().enumerate().peekable();
         while let Some(&(from, step)) = steps.peek() {
             if let Step::Copy(tensor, to, at) = step {
-                let bytes = (tensor.len() * tensor.dtype.size()).next_multiple_of(4);
+                let bytes = tensor.bytes().next_multiple_of(4);
                 encoder.copy_buffer_to_buffer(tensor.buffer(), 0, to, *at, bytes);
                 steps.next();
                 continue;

@@ -184,6 +184,7 @@ pub fn is_reserved(name: &str) -> bool {
             "cu_q",
             "cu_k",
             "rows",
+            "pages",
             "bias",
             "mask",
             "alibi",

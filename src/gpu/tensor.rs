@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::blocks::row_words;
 use super::stats::Stats;
 
 /// How a tensor's elements are stored.
@@ -19,13 +20,17 @@ pub enum DType {
     I32,
     /// One byte each, zero or not: masks.
     Bool,
+    /// Rows in blocks of 32 bytes with an f16 scale each: see [`crate::gpu::blocks`]. For keys and values.
+    Q8_0,
+    /// The same with half a byte each.
+    Q4_0,
 }
 
 impl DType {
-    /// Bytes of one element.
+    /// Bytes of one element; of one word where [`DType::is_quantized`].
     pub fn size(self) -> u64 {
         match self {
-            DType::F32 | DType::U32 | DType::I32 => 4,
+            DType::F32 | DType::U32 | DType::I32 | DType::Q8_0 | DType::Q4_0 => 4,
             DType::F16 | DType::BF16 => 2,
             DType::Bool => 1,
         }
@@ -40,7 +45,29 @@ impl DType {
             DType::U32 => "u32",
             DType::I32 => "i32",
             DType::Bool => "bool",
+            DType::Q8_0 => "q8_0",
+            DType::Q4_0 => "q4_0",
         }
+    }
+
+    /// Bytes of a dense tensor of that shape; `u64::MAX` where that is not to be counted.
+    pub fn bytes(self, shape: &[u32]) -> u64 {
+        let row = match shape.split_last() {
+            Some((&columns, rows)) if self.is_quantized() => {
+                Some((row_words(self, columns) as u64, rows))
+            }
+            _ => None,
+        };
+        let (first, rest) = row.unwrap_or((1, shape));
+        rest.iter()
+            .try_fold(first, |n, &extent| n.checked_mul(extent as u64))
+            .and_then(|n| n.checked_mul(self.size()))
+            .unwrap_or(u64::MAX)
+    }
+
+    /// Whether rows of it are blocks of quants with a scale each.
+    pub fn is_quantized(self) -> bool {
+        matches!(self, DType::Q8_0 | DType::Q4_0)
     }
 
     /// Whether it stores floats.
@@ -52,7 +79,7 @@ impl DType {
 /// The element type of a buffer of that type in WGSL; smaller ones are unpacked from u32 words.
 pub fn wgsl_type(dtype: DType) -> &'static str {
     match dtype {
-        DType::BF16 | DType::Bool => "u32",
+        DType::BF16 | DType::Bool | DType::Q8_0 | DType::Q4_0 => "u32",
         other => other.name(),
     }
 }
@@ -103,12 +130,7 @@ impl Tensor {
             ));
         }
         let have = tensor.buffer().size();
-        let elements = shape
-            .iter()
-            .try_fold(1u64, |n, &extent| n.checked_mul(extent as u64));
-        let need = elements
-            .and_then(|n| n.checked_mul(dtype.size()))
-            .unwrap_or(u64::MAX);
+        let need = dtype.bytes(shape);
         if need > have {
             return Err(crate::Error::refused(
                 "buffer",
@@ -137,6 +159,11 @@ impl Tensor {
     /// Whether an extent is zero.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Bytes of its elements.
+    pub fn bytes(&self) -> u64 {
+        self.dtype.bytes(&self.shape)
     }
 
     /// The buffer under the tensor.

@@ -7,7 +7,7 @@ use super::*;
 type Change = fn(&mut Case);
 
 /// Options by name; each changes a sound case of two batch rows, four query heads and two KV heads.
-const OPTIONS: [(&str, Change); 22] = [
+const OPTIONS: [(&str, Change); 25] = [
     ("causal", |case| case.causal = Some(Align::BottomRight)),
     ("causal from the first key", |case| {
         case.causal = Some(Align::TopLeft)
@@ -62,6 +62,18 @@ const OPTIONS: [(&str, Change); 22] = [
     }),
     ("sinks", |case| case.sinks = true),
     ("bf16", |case| case.types = [BF16; 4]),
+    ("pages", |case| {
+        let divides = |page: &u32| case.len[1].is_multiple_of(*page);
+        case.page = [16, 10, 8, 3, 1].into_iter().find(divides);
+    }),
+    ("q8_0", |case| {
+        case.dim = [32, 96];
+        (case.types[1], case.types[2]) = (DType::Q8_0, DType::Q8_0);
+    }),
+    ("q4_0", |case| {
+        case.dim = [96, 64];
+        (case.types[1], case.types[2]) = (DType::Q4_0, DType::Q8_0);
+    }),
 ];
 
 fn plain(len: [u32; 2]) -> Case {
@@ -99,9 +111,9 @@ fn every_option_equals_the_oracle() {
 }
 
 /// One of each kind of option: what meets in a pair.
-const KINDS: [&str; 13] = [
+const KINDS: [&str; 16] = [
     "causal", "window", "lengths", "offsets", "prefix", "ragged", "softcap", "bias", "mask",
-    "ALiBi", "T5", "sinks", "bf16",
+    "ALiBi", "T5", "sinks", "bf16", "pages", "q8_0", "q4_0",
 ];
 
 #[test]
@@ -124,7 +136,7 @@ fn options_in_pairs_equal_the_oracle() {
             cases.push(case);
         }
     }
-    judge(gpu(), &cases, 5 * 78);
+    judge(gpu(), &cases, 5 * 120);
 }
 
 #[test]

@@ -155,9 +155,12 @@ impl Planner<'_> {
             true => [0, 1],
             false => part.batch,
         };
-        let kv_batch = match (problem.ragged_k, problem.has_rows) {
+        let kv_batch = match (
+            problem.ragged_k,
+            problem.has_rows || problem.pages.is_some(),
+        ) {
             (true, _) => [0, 1],
-            (_, true) => [0, problem.kv_batch()],
+            (_, true) => [0, problem.k.extents[0]],
             _ => [part.batch[0] / share, part.batch[1].div_ceil(share)],
         };
         let rows = |width: u64| {
@@ -282,6 +285,7 @@ impl Planner<'_> {
             ("q_offset", "i32", uses.keys && problem.has_q_offset),
             ("prefix_len", "u32", uses.keys && problem.has_prefix),
             ("rows", "u32", uses.rows && problem.has_rows),
+            ("pages", "u32", uses.rows && problem.pages.is_some()),
             ("bias", bias, uses.scores && problem.bias.is_some()),
             ("mask", "u32", uses.masks && problem.mask.is_some()),
             ("alibi", "f32", uses.scores && problem.has_alibi),
@@ -317,6 +321,11 @@ impl Planner<'_> {
             (false, Align::TopLeft) => "top_left",
             (false, Align::BottomRight) => "bottom_right",
         };
+        // Keys of a page; 0 where there are none.
+        let page = match problem.pages {
+            Some(_) if uses.rows => problem.k.extents[2],
+            _ => 0,
+        };
         let f16 = problem.types.contains(&DType::F16) || problem.bias_type == Some(DType::F16);
         Shader::new(kernel)
             .with("F16", f16)
@@ -328,6 +337,7 @@ impl Planner<'_> {
             .with("BIAS_TYPE", problem.bias_type.map_or("f32", DType::name))
             .with("HAS_KV_LEN", uses.keys && problem.has_kv_len)
             .with("HAS_ROWS", uses.rows && problem.has_rows)
+            .with("PAGE", page)
             .with("RAGGED_Q", problem.ragged_q)
             .with("RAGGED_K", uses.keys && problem.ragged_k)
             .with("POSITION", position)

@@ -39,6 +39,8 @@ pub struct Problem {
     pub(crate) ragged_q: bool,
     pub(crate) ragged_k: bool,
     pub(crate) has_rows: bool,
+    /// Pages of each batch row of K, which they are B of; K and V are pools.
+    pub(crate) pages: Option<[u32; 2]>,
     pub(crate) has_alibi: bool,
     pub(crate) has_sinks: bool,
     pub(crate) extra: Vec<(Arc<str>, DType)>,
@@ -81,6 +83,7 @@ impl Problem {
             ragged_q: tensors.cu_q.is_some(),
             ragged_k: tensors.cu_k.is_some(),
             has_rows: tensors.rows.is_some(),
+            pages: tensors.pages.map(|pages| [pages.shape[0], pages.shape[1]]),
             has_alibi: tensors.alibi.is_some(),
             has_sinks: tensors.sinks.is_some(),
             extra: tensors
@@ -109,7 +112,7 @@ impl Problem {
     }
 
     pub(crate) fn k_len(&self) -> u32 {
-        self.k.extents[2]
+        self.k.extents[2] * self.pages.map_or(1, |[_, pages]| pages)
     }
 
     pub(crate) fn head_dim(&self) -> u32 {
@@ -122,9 +125,10 @@ impl Problem {
 
     /// Batch rows of K: one a sequence where keys are ragged.
     pub(crate) fn kv_batch(&self) -> u32 {
-        match self.ragged_k {
-            true => self.batch,
-            false => self.k.extents[0],
+        match (self.pages, self.ragged_k) {
+            (Some([rows, _]), _) => rows,
+            (None, true) => self.batch,
+            (None, false) => self.k.extents[0],
         }
     }
 
@@ -149,11 +153,37 @@ impl Problem {
     }
 }
 
+/// Batch rows and length of K, by its table of pages where it has one.
+fn keys_of(tensors: &Tensors) -> Result<[u32; 2]> {
+    let [kv_b, _, k_len, _] = tensors.k.layout.extents;
+    let Some(pages) = tensors.pages else {
+        return Ok([kv_b, k_len]);
+    };
+    if tensors.cu_k.is_some() || tensors.rows.is_some() {
+        return refuse("pages", &"given", "not with cu_k or rows");
+    }
+    let &[rows, n] = pages.shape.as_slice() else {
+        return refuse("pages", &pages.shape, "it must be u32 [Bk, M]");
+    };
+    if rows == 0 || pages.dtype != DType::U32 {
+        let is = (pages.dtype, &pages.shape);
+        return refuse("pages", &is, "it must be u32 [Bk, M]");
+    }
+    if k_len == 0 {
+        return refuse("k", &tensors.k.layout.extents, "pages of one key at least");
+    }
+    match k_len.checked_mul(n).filter(|&n| n <= MAX_LEN) {
+        Some(k_len) => Ok([rows, k_len]),
+        None => refuse("pages", &pages.shape, format!("at most {MAX_LEN} keys")),
+    }
+}
+
 /// Shapes that agree; the answer is B.
 fn check_shapes(tensors: &Tensors) -> Result<u32> {
     let Tensors { q, k, v, out, .. } = tensors;
     let [b, h, q_len, d] = q.layout.extents;
-    let [kv_b, hk, k_len, kd] = k.layout.extents;
+    let [_, hk, _, kd] = k.layout.extents;
+    let [kv_b, k_len] = keys_of(tensors)?;
     let dv = v.layout.extents[3];
     for (name, view) in [("q", q), ("k", k), ("v", v)] {
         let extents = view.layout.extents;
@@ -250,8 +280,11 @@ fn check_types(tensors: &Tensors) -> Result<()> {
     ];
     for (name, view) in views {
         let Some(view) = view else { continue };
-        if !view.tensor.dtype.is_float() {
-            return refuse(name, &view.tensor.dtype, "f32, f16 or bf16");
+        let dtype = view.tensor.dtype;
+        let cached = name == "k" || name == "v";
+        if !(dtype.is_float() || cached && dtype.is_quantized()) {
+            let also = if cached { ", q8_0 or q4_0" } else { "" };
+            return refuse(name, &dtype, format!("f32, f16 or bf16{also}"));
         }
     }
     if let Some(mask) = &tensors.mask
@@ -283,6 +316,7 @@ fn check_overlap(tensors: &Tensors) -> Result<()> {
         ("cu_q", tensors.cu_q),
         ("cu_k", tensors.cu_k),
         ("rows", tensors.rows),
+        ("pages", tensors.pages),
         ("bias", tensors.bias.as_ref().map(|view| view.tensor)),
         ("mask", tensors.mask.as_ref().map(|view| view.tensor)),
         ("alibi", tensors.alibi),
@@ -317,7 +351,7 @@ fn check_overlap(tensors: &Tensors) -> Result<()> {
 
 fn check_tables(tensors: &Tensors, options: &Options, batch: u32) -> Result<()> {
     let [q_batch, h, q_len, _] = tensors.q.layout.extents;
-    let [kv_b, _, k_len, _] = tensors.k.layout.extents;
+    let [kv_b, k_len] = keys_of(tensors)?;
     if tensors.cu_k.is_some() && (tensors.kv_len.is_some() || tensors.rows.is_some()) {
         return refuse(
             "kv_len or rows",
@@ -441,7 +475,8 @@ pub(crate) struct Params {
     pub count: u32,
     pub k_blocks: u32,
     pub one: u32,
-    pub unused: [u32; 3],
+    pub pool: u32,
+    pub unused: [u32; 2],
 }
 
 impl Problem {
@@ -483,6 +518,7 @@ impl Problem {
             softcap: self.options.softcap.unwrap_or(1.0),
             minus_infinity: f32::NEG_INFINITY,
             one: 1,
+            pool: self.k.extents[0],
             left: left.unwrap_or(0),
             right: right.unwrap_or(0),
             splits,

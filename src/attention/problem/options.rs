@@ -80,9 +80,10 @@ pub struct Options {
 pub struct Tensors<'a> {
     /// Queries. `[B, H, Q, D]`
     pub q: View<'a>,
-    /// Keys; Bk divides B, and consecutive batch rows of Q share one of K. `[Bk, Hk, K, D]`
+    /// Keys; Bk divides B, and consecutive batch rows of Q share one of K. `[Bk, Hk, K, D]`, or with `pages`
+    /// a pool of N pages of S keys `[N, Hk, S, D]`
     pub k: View<'a>,
-    /// Values. `[Bk, Hk, K, Dv]`
+    /// Values. `[Bk, Hk, K, Dv]`, or `[N, Hk, S, Dv]`
     pub v: View<'a>,
     /// The result. `[B, H, Q, Dv]`
     pub out: View<'a>,
@@ -99,6 +100,9 @@ pub struct Tensors<'a> {
     /// For each batch row and key position, the batch row of K and V that holds it: histories that
     /// share a past (beams). u32 `[Bk, K]`
     pub rows: Option<&'a Tensor>,
+    /// Where the keys of each batch row lie: key j in place j mod S of page `pages[b, j / S]`, and K is M S.
+    /// u32 `[Bk, M]`
+    pub pages: Option<&'a Tensor>,
     /// Added to the scores; at or below -1e30 it masks. Floats `[B, H, Q, K]`
     pub bias: Option<View<'a>>,
     /// Whether each query attends to each key. Bool `[B, H, Q, K]`
@@ -131,6 +135,7 @@ impl<'a> Tensors<'a> {
             cu_q: None,
             cu_k: None,
             rows: None,
+            pages: None,
             bias: None,
             mask: None,
             alibi: None,

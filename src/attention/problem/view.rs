@@ -1,6 +1,7 @@
 //! Tensors seen as `[batch, heads, rows, columns]`.
 
 use crate::gpu::Tensor;
+use crate::gpu::blocks::{BLOCK, row_words};
 use crate::{Error, Result};
 
 /// A tensor seen as `[batch, heads, rows, columns]`, each axis with a stride of its own.
@@ -10,7 +11,8 @@ pub struct View<'a> {
     pub(crate) layout: Layout,
 }
 
-/// Where a view's elements lie: extents, offset and strides in elements.
+/// Where a view's elements lie: extents, offset and strides in elements, or in words where the tensor is
+/// quantised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// `[batch, heads, rows, columns]`.
@@ -19,6 +21,8 @@ pub struct Layout {
     pub offset: u32,
     /// Steps between batches, heads, rows and columns. Zero repeats.
     pub strides: [u32; 4],
+    /// Words of a quantised row; 0 where columns are elements.
+    pub(crate) row_words: u32,
 }
 
 impl Layout {
@@ -58,6 +62,9 @@ impl Layout {
     /// Whether four columns may be read at once from every fourth.
     pub(crate) fn aligned(&self) -> bool {
         let [sb, sh, sl, sd] = self.strides;
+        if self.row_words > 0 {
+            return true;
+        }
         sd == 1
             && [self.offset, sb, sh, sl, self.extents[3]]
                 .iter()
@@ -72,7 +79,10 @@ impl Layout {
             return [0, 0];
         }
         let at = |b: u32, h: u32| self.offset as u64 + b as u64 * sb + h as u64 * sh;
-        let last = (l - 1) * sl + (d - 1) * sd;
+        let last = match self.row_words {
+            0 => (l - 1) * sl + (d - 1) * sd,
+            words => (l - 1) * sl + words as u64 - 1,
+        };
         [
             at(batch[0], heads[0]),
             at(batch[1] - 1, heads[1] - 1) + last + 1,
@@ -164,7 +174,8 @@ impl<'a> View<'a> {
     /// Any view; `strides` over batch, head, row and column, in elements.
     ///
     /// # Errors
-    /// [`Error::Refused`] where the view leaves the tensor's elements.
+    /// [`Error::Refused`] where the view leaves the tensor's elements, and where one of a quantised tensor
+    /// begins within a row.
     pub fn strided(
         tensor: &'a Tensor,
         extents: [u32; 4],
@@ -175,6 +186,7 @@ impl<'a> View<'a> {
             extents,
             offset,
             strides,
+            row_words: 0,
         };
         if layout.end() > tensor.len() as u128 || layout.end() > u32::MAX as u128 {
             return Err(Error::refused(
@@ -183,6 +195,38 @@ impl<'a> View<'a> {
                 format!("its tensor has {} elements", tensor.len()),
             ));
         }
+        match tensor.dtype.is_quantized() {
+            true => View::of_blocks(tensor, layout),
+            false => Ok(View { tensor, layout }),
+        }
+    }
+
+    /// A view of a quantised tensor: whole rows from their first column on, counted in words.
+    fn of_blocks(tensor: &'a Tensor, layout: Layout) -> Result<Self> {
+        let columns = tensor.shape.last().copied().unwrap_or(0);
+        let [sb, sh, sl, sd] = layout.strides;
+        let steps = [layout.offset, sb, sh, sl];
+        let whole = |n: &u32| n.is_multiple_of(columns);
+        if columns == 0
+            || !columns.is_multiple_of(BLOCK as u32)
+            || sd != 1
+            || layout.extents[3] > columns
+            || !steps.iter().all(whole)
+        {
+            return Err(Error::refused(
+                "a view of a quantised tensor",
+                format_args!("{layout:?} of {:?}", tensor.shape),
+                format!("rows of whole blocks of {BLOCK}, from their first column on"),
+            ));
+        }
+        let row_words = row_words(tensor.dtype, columns);
+        let words = |n: u32| n / columns * row_words;
+        let layout = Layout {
+            offset: words(layout.offset),
+            strides: [words(sb), words(sh), words(sl), 1],
+            row_words,
+            ..layout
+        };
         Ok(View { tensor, layout })
     }
 }

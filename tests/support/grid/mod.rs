@@ -90,6 +90,8 @@ pub struct Case {
     pub ragged: Option<[Vec<u32>; 2]>,
     /// Whether a table of histories says where each key lies.
     pub histories: bool,
+    /// Keys of a page, where K and V are pools of pages.
+    pub page: Option<u32>,
     pub softcap: Option<f32>,
     /// Along which axes of [B, H, Q, K] they differ.
     pub bias: Option<[bool; 4]>,
@@ -123,6 +125,7 @@ impl Case {
             prefix: None,
             ragged: None,
             histories: false,
+            page: None,
             softcap: None,
             bias: None,
             mask: None,
@@ -149,6 +152,23 @@ fn storage(dtype: DType) -> &'static str {
     dtype.name()
 }
 
+/// The type in which values of a quantised tensor are drawn.
+fn float_of(dtype: DType) -> DType {
+    match dtype.is_quantized() {
+        true => DType::F32,
+        false => dtype,
+    }
+}
+
+/// What blocks make of rows of values.
+fn through_blocks(gpu: &Gpu, dtype: DType, width: u32, values: &[f64]) -> Vec<f64> {
+    let given: Vec<f32> = values.iter().map(|&x| x as f32).collect();
+    let shape = [given.len() as u32 / width, width];
+    let stored = gpu.upload_floats("blocks", dtype, &shape, &given).unwrap();
+    let got = gpu.read_floats(&stored).unwrap();
+    got.into_iter().map(f64::from).collect()
+}
+
 const DOCUMENT: u32 = 9;
 
 /// A problem on the device, with the oracle's answer.
@@ -169,6 +189,7 @@ struct Tables {
     prefix: Option<Tensor>,
     cu: Option<[Tensor; 2]>,
     rows: Option<Tensor>,
+    pages: Option<Tensor>,
     bias: Option<Tensor>,
     mask: Option<Tensor>,
     alibi: Option<Tensor>,
@@ -192,10 +213,17 @@ impl Prepared {
         let mut random = Random::new(seed);
         let ([batch, kv_batch], [heads, kv_heads]) = (case.batch, case.heads);
         let ([q_len, k_len], [d, dv]) = (case.len, case.dim);
-        let (stored_batch, stored_kv_batch) = match case.ragged {
-            Some(_) => (1, 1),
-            None => (batch, kv_batch),
+        let stored_batch = if case.ragged.is_some() { 1 } else { batch };
+        // Batch rows of K and V and keys in each, as they lie; of a pool, its pages, two of them nobody's.
+        let [stored_kv_batch, stored_k_len] = match (case.page, &case.ragged) {
+            (Some(page), _) => [kv_batch * (k_len / page) + 2, page],
+            (None, Some(_)) => [1, k_len],
+            (None, None) => [kv_batch, k_len],
         };
+        let mut pages: Vec<u32> = (0..stored_kv_batch).collect();
+        for ix in (1..pages.len()).rev() {
+            pages.swap(ix, random.below(ix as u32 + 1) as usize);
+        }
         let starts = |lens: &[u32]| -> Vec<u32> {
             let mut at = 0;
             let ends = lens.iter().map(|&n| {
@@ -232,9 +260,13 @@ impl Prepared {
             Some([q, _]) => h * q_len + q[b as usize] + i,
             None => (b * heads + h) * q_len + i,
         };
-        let k_row = |kb: u32, h: u32, j: u32| match &cu {
-            Some([_, k]) => h * k_len + k[kb as usize] + j,
-            None => (rows[(kb * k_len + j) as usize] * kv_heads + h) * k_len + j,
+        let k_row = |kb: u32, h: u32, j: u32| match (case.page, &cu) {
+            (Some(page), _) => {
+                let place = pages[(kb * (k_len / page) + j / page) as usize];
+                (place * kv_heads + h) * page + j % page
+            }
+            (None, Some([_, k])) => h * k_len + k[kb as usize] + j,
+            (None, None) => (rows[(kb * k_len + j) as usize] * kv_heads + h) * k_len + j,
         };
 
         let mut numbers = |n: u32, magnitude: f64, dtype: DType| -> Vec<f64> {
@@ -244,8 +276,14 @@ impl Prepared {
         };
         let [q_type, k_type, v_type, out_type] = case.types;
         let q = numbers(stored_batch * heads * q_len * d, case.loud, q_type);
-        let mut k = numbers(stored_kv_batch * kv_heads * k_len * d, 1.0, k_type);
-        let mut v = numbers(stored_kv_batch * kv_heads * k_len * dv, 1.0, v_type);
+        let stored_keys = stored_kv_batch * kv_heads * stored_k_len;
+        let mut k = numbers(stored_keys * d, 1.0, float_of(k_type));
+        let mut v = numbers(stored_keys * dv, 1.0, float_of(v_type));
+        for (dtype, width, values) in [(k_type, d, &mut k), (v_type, dv, &mut v)] {
+            if dtype.is_quantized() {
+                *values = through_blocks(gpu, dtype, width, values);
+            }
+        }
         let slopes = case.alibi || case.function == Some(Function::Alibi);
         let slopes = slopes.then(|| numbers(heads, 0.5, DType::F32));
         let sinks = case.sinks.then(|| numbers(heads, 2.0, DType::F32));
@@ -281,7 +319,7 @@ impl Prepared {
             softcapped: vec![f64::NEG_INFINITY; cells],
             biased: vec![f64::NEG_INFINITY; cells],
         };
-        let mut seen = vec![false; (stored_kv_batch * kv_heads * k_len) as usize];
+        let mut seen = vec![false; stored_keys as usize];
         for b in 0..batch {
             let (kb, n) = (b / share, q_of(b));
             let length = kv_len[kb as usize];
@@ -388,8 +426,8 @@ impl Prepared {
 
         let mut lays = [
             [stored_batch, heads, q_len, d],
-            [stored_kv_batch, kv_heads, k_len, d],
-            [stored_kv_batch, kv_heads, k_len, dv],
+            [stored_kv_batch, kv_heads, stored_k_len, d],
+            [stored_kv_batch, kv_heads, stored_k_len, dv],
             [stored_batch, heads, q_len, dv],
         ]
         .map(|extents| Lay::new(case.place, extents));
@@ -410,6 +448,13 @@ impl Prepared {
             }
         }
         let upload = |lays: &[Lay], values: &[&[f64]], dtype: DType| -> Tensor {
+            if dtype.is_quantized() {
+                assert_eq!(case.place, Place::Dense);
+                let values: Vec<f32> = values[0].iter().map(|&x| x as f32).collect();
+                return gpu
+                    .upload_floats("input", dtype, &lays[0].extents, &values)
+                    .unwrap();
+            }
             let mut cells = vec![f32::NAN; lays[0].cells as usize];
             for (lay, values) in lays.iter().zip(values) {
                 lay.put(&mut cells, values);
@@ -440,7 +485,22 @@ impl Prepared {
         let slopes = slopes.map(|slopes| floats(&slopes, &[heads], DType::F32));
         let by_function = case.function == Some(Function::Alibi);
         let tables = Tables {
-            kv_len: case.kv_len.as_ref().map(|lens| integers(lens)),
+            kv_len: match (case.page, &case.ragged) {
+                (Some(_), Some([_, k])) => Some(integers(k)),
+                _ => case.kv_len.as_ref().map(|lens| integers(lens)),
+            },
+            pages: case.page.map(|page| {
+                let m = k_len / page;
+                // What lies past the end of a batch row is nobody's to name.
+                let named = pages.iter().zip(0..kv_batch * m).map(|(&n, at)| {
+                    match at % m * page < kv_len[(at / m) as usize] {
+                        true => n,
+                        false => u32::MAX,
+                    }
+                });
+                let named: Vec<u32> = named.collect();
+                gpu.upload_u32("pages", &[kv_batch, m], &named).unwrap()
+            }),
             q_offset: case.q_offset.as_ref().map(|offsets| {
                 let bytes = bytemuck::cast_slice(offsets);
                 gpu.upload("q_offset", DType::I32, &[offsets.len() as u32], bytes)
