@@ -1,7 +1,7 @@
 //! Every variant that plans and ops ask for through naga's parser and validator, within the limits that
 //! every device grants.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::OnceLock;
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
@@ -9,6 +9,10 @@ use naga::{AddressSpace, StorageAccess, TypeInner};
 use qkv::Error;
 use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, plan};
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
+
+/// How many variants there are, and how many different texts they make.
+const VARIANTS: usize = 6028;
+const TEXTS: usize = 3971;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -367,7 +371,27 @@ fn every_variant_of_every_kernel_is_valid() {
     }
     let all: usize = counts.values().sum();
     println!("{all} variants, {} texts: {counts:?}", texts.len());
-    assert_eq!(all, 6028);
+    assert_eq!((all, texts.len()), (VARIANTS, TEXTS));
+}
+
+/// Writes what browsers are given, each text once, for tests/dawn/check.mjs to hold against their compiler.
+#[test]
+#[ignore = "for tests/dawn/check, which names a folder"]
+fn texts_for_browsers() {
+    let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
+    let folder = std::path::Path::new(&folder);
+    let mut templates = templates();
+    templates.add_global("BROWSER", true);
+    let mut texts = BTreeSet::new();
+    for shader in attention_variants().iter().cloned().chain(other_variants()) {
+        texts.insert((shader.kernel, shader.expand(&templates).unwrap()));
+    }
+    for (ix, (kernel, text)) in texts.iter().enumerate() {
+        std::fs::write(folder.join(format!("{ix:04}-{kernel}.wgsl")), text).unwrap();
+    }
+    std::fs::write(folder.join("count"), TEXTS.to_string()).unwrap();
+    println!("{} texts", texts.len());
+    assert_eq!(texts.len(), TEXTS);
 }
 
 #[test]
