@@ -394,6 +394,42 @@ fn texts_for_browsers() {
     assert_eq!(texts.len(), TEXTS);
 }
 
+/// Writes `prefill` and `decode` as planned for a device with 64 lanes and for one with 8 to 32, for
+/// benches/peers/compilers.py: 32 query heads on 8 KV heads, D 64 and 128, f32 and f16.
+#[test]
+#[ignore = "for benches/peers/compilers.py; QKV_TEXTS names a folder"]
+fn texts_for_compilers() {
+    let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
+    let mut caps = gpu().caps().without_f16();
+    (caps.f16, caps.software) = (true, false);
+    for (lanes, subgroups) in [("64", (64, 64)), ("8-32", (8, 32))] {
+        caps.subgroups = Some(subgroups);
+        for (d, dtype) in [64, 128]
+            .into_iter()
+            .flat_map(|d| TYPES[..2].iter().map(move |t| (d, *t)))
+        {
+            for (route, q_len) in [(Route::Prefill, 512), (Route::Decode, 1)] {
+                let make = |h, l| gpu().empty("tensor", dtype, &[1, h, l, d]).unwrap();
+                let [q, k, v, out] = [make(32, q_len), make(8, 512), make(8, 512), make(32, q_len)];
+                let view = |tensor| View::bhld(tensor).unwrap();
+                let tensors = Tensors::new(view(&q), view(&k), view(&v), view(&out));
+                let options = Options {
+                    route: Some(route),
+                    ..Options::default()
+                };
+                let plan = plan(&Problem::new(&tensors, &options).unwrap(), &caps).unwrap();
+                let text = plan.launches[0].shader.expand(&templates()).unwrap();
+                let name = format!(
+                    "{}-{}-{d}-{lanes}.wgsl",
+                    format!("{route:?}").to_lowercase(),
+                    dtype.name()
+                );
+                std::fs::write(std::path::Path::new(&folder).join(name), text).unwrap();
+            }
+        }
+    }
+}
+
 #[test]
 fn every_file_of_a_kernel_is_in_the_list() {
     let known: HashSet<&str> = attention_variants()
