@@ -8,13 +8,13 @@ fn cases(dtype: DType) -> Vec<Case> {
         ..Case::new([2, 2], [4, 2], len, dim)
     };
     let mut cases = Vec::new();
-    for dim in [[12, 20], [33, 7], [64, 64], [128, 128], [192, 128]] {
+    for dim in [[12, 20], [33, 7], [64, 64], [128, 128]] {
         for len in [[1, 37], [1, 600], [8, 130], [40, 40], [33, 257]] {
             cases.push(plain(len, dim));
         }
     }
     for len in [[1, 300], [5, 65], [70, 150]] {
-        let sound = plain(len, [64, 64]);
+        let sound = plain(len, [12, 20]);
         let options: [fn(&mut Case); 9] = [
             |case| case.causal = Some(Align::BottomRight),
             |case| case.window = [Some(33), Some(2)],
@@ -44,14 +44,17 @@ fn errors_are_no_larger_than_those_of_eager_pytorch_in_the_same_type() {
             println!("f16: 0 runs, this device has none");
             continue;
         }
-        let (mut worst, mut sum) = (0.0f64, 0.0);
+        let (mut worst, mut sum, before) = (0.0f64, 0.0, runs);
         let cases = cases(dtype);
         for (seed, case) in cases.iter().enumerate() {
             let mut prepared = Prepared::new(gpu(), case, seed as u64);
-            for gpu in [
-                gpu().clone(),
-                gpu().narrowed(gpu().caps().without_subgroups()),
-            ] {
+            let narrow = gpu().narrowed(gpu().caps().without_subgroups());
+            // Options change what is summed, not how lanes share it.
+            let plain = seed < 20;
+            for gpu in [gpu().clone(), narrow]
+                .into_iter()
+                .take(1 + usize::from(plain))
+            {
                 prepared = prepared.on(&gpu);
                 for route in Route::ALL {
                     let answer = prepared.run(Some(route), None, None).unwrap();
@@ -65,13 +68,16 @@ fn errors_are_no_larger_than_those_of_eager_pytorch_in_the_same_type() {
                 }
             }
         }
-        let mean = sum / (6 * cases.len()) as f64;
+        let mean = sum / (runs - before) as f64;
         println!(
             "{dtype:?}: errors {mean:.2} times those of eager PyTorch, at worst {worst:.2} times"
         );
     }
     println!("{runs} runs");
-    assert_eq!(runs, if gpu().caps().f16 { 2 } else { 1 } * 52 * 6);
+    assert_eq!(
+        runs,
+        if gpu().caps().f16 { 2 } else { 1 } * (20 * 6 + 27 * 3)
+    );
 }
 
 #[test]
