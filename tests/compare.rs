@@ -4,8 +4,8 @@
 mod compare;
 
 use compare::{
-    FINITE_16, FINITE_32, NAN_16, NAN_32, Tolerance, compare_rows, round_bf16, round_f16, round_to,
-    tolerance,
+    FINITE_16, FINITE_32, NAN_16, NAN_32, Tolerance, beside_plain, compare_rows, round_bf16,
+    round_f16, round_to, tolerance,
 };
 
 const ROWS: usize = 4000;
@@ -275,4 +275,37 @@ fn longer_sums_are_allowed_more() {
     // At most twice the rounding of the output, for ordinary lengths.
     assert!(tolerance("f16", 1024).rtol < 1.03 * 2f64.powi(-10));
     assert!(tolerance("bf16", 1024).rtol < 1.01 * 2f64.powi(-7));
+}
+
+#[test]
+fn errors_beyond_twice_the_plain_ones_are_objected_to() {
+    let want = want();
+    // A plain computation that is off by a hundredth of a row's largest value, at most one.
+    let plain: Vec<f64> = want.iter().map(|x| x + 0.01).collect();
+    let off = |by: f64| -> Vec<f32> { want.iter().map(|x| (x + by) as f32).collect() };
+    for storage in ["f16", "bf16"] {
+        let held = |got: &[f32]| beside_plain("out", storage, got, &plain, &want, ROW_LEN);
+        let ratio = held(&off(-0.02)).unwrap();
+        assert!((ratio - 2.0).abs() < 1e-3, "{ratio}");
+        assert!(held(&off(0.0)).unwrap() < 1e-3);
+        let rounding = if storage == "f16" { 0.0005 } else { 0.004 };
+        assert!(held(&off(0.0201 + rounding)).is_err());
+        // One value of one row, and one that is no number.
+        for wrong in [0.05, f32::NAN] {
+            let mut got = off(0.0);
+            got[ROW_LEN * 17 + 3] += wrong;
+            let said = held(&got).unwrap_err();
+            assert!(said.contains("row 17 is off by"), "{said}");
+        }
+        let mut overflowing = plain.clone();
+        overflowing[ROW_LEN * 17] = f64::NAN;
+        let mut got = off(0.0);
+        got[ROW_LEN * 17 + 3] += 0.05;
+        assert!(beside_plain("out", storage, &got, &overflowing, &want, ROW_LEN).is_ok());
+    }
+    let zeros = [0.0; 2];
+    assert_eq!(
+        beside_plain("out", "f16", &[0.0; 2], &zeros, &zeros, 2),
+        Ok(0.0)
+    );
 }

@@ -1,7 +1,7 @@
 //! Every variant that plans and ops ask for through naga's parser and validator, within the limits that
 //! every device grants.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::OnceLock;
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
@@ -9,6 +9,10 @@ use naga::{AddressSpace, StorageAccess, TypeInner};
 use qkv::Error;
 use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, plan};
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
+
+/// How many variants there are, and how many different texts they make.
+const VARIANTS: usize = 8765;
+const TEXTS: usize = 5669;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -311,8 +315,10 @@ fn params_bytes(kernel: &str) -> u32 {
 
 /// Parses, validates and measures one kernel; the error says what is wrong.
 fn check(kernel: &str, text: &str) -> Result<(), String> {
-    // Capabilities that extensions stand for; only f16 and subgroups are used.
-    let capabilities = Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
+    // Capabilities that extensions stand for; only f16, scales of blocks packed in it, and subgroups are used.
+    let capabilities = Capabilities::SHADER_FLOAT16
+        | Capabilities::SHADER_FLOAT16_IN_FLOAT32
+        | Capabilities::SUBGROUP;
     let mut options = naga::front::wgsl::Options::new();
     options.capabilities = capabilities;
     let module = naga::front::wgsl::Frontend::new_with_options(options)
@@ -385,7 +391,63 @@ fn every_variant_of_every_kernel_is_valid() {
     }
     let all: usize = counts.values().sum();
     println!("{all} variants, {} texts: {counts:?}", texts.len());
-    assert_eq!(all,);
+    assert_eq!((all, texts.len()), (VARIANTS, TEXTS));
+}
+
+/// Writes what browsers are given, each text once, for tests/dawn/check.mjs to hold against their compiler.
+#[test]
+#[ignore = "for tests/dawn/check, which names a folder"]
+fn texts_for_browsers() {
+    let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
+    let folder = std::path::Path::new(&folder);
+    let mut templates = templates();
+    templates.add_global("BROWSER", true);
+    let mut texts = BTreeSet::new();
+    for shader in attention_variants().iter().cloned().chain(other_variants()) {
+        texts.insert((shader.kernel, shader.expand(&templates).unwrap()));
+    }
+    for (ix, (kernel, text)) in texts.iter().enumerate() {
+        std::fs::write(folder.join(format!("{ix:04}-{kernel}.wgsl")), text).unwrap();
+    }
+    std::fs::write(folder.join("count"), TEXTS.to_string()).unwrap();
+    println!("{} texts", texts.len());
+    assert_eq!(texts.len(), TEXTS);
+}
+
+/// Writes `prefill` and `decode` as planned for a device with 64 lanes and for one with 8 to 32, for
+/// benches/peers/compilers.py: 32 query heads on 8 KV heads, D 64 and 128, f32 and f16.
+#[test]
+#[ignore = "for benches/peers/compilers.py; QKV_TEXTS names a folder"]
+fn texts_for_compilers() {
+    let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
+    let mut caps = gpu().caps().without_f16();
+    (caps.f16, caps.software) = (true, false);
+    for (lanes, subgroups) in [("64", (64, 64)), ("8-32", (8, 32))] {
+        caps.subgroups = Some(subgroups);
+        for (d, dtype) in [64, 128]
+            .into_iter()
+            .flat_map(|d| TYPES[..2].iter().map(move |t| (d, *t)))
+        {
+            for (route, q_len) in [(Route::Prefill, 512), (Route::Decode, 1)] {
+                let make = |h, l| gpu().empty("tensor", dtype, &[1, h, l, d]).unwrap();
+                let [q, k, v, out] = [make(32, q_len), make(8, 512), make(8, 512), make(32, q_len)];
+                let view = |tensor| View::bhld(tensor).unwrap();
+                let tensors = Tensors::new(view(&q), view(&k), view(&v), view(&out));
+                let options = Options {
+                    route: Some(route),
+                    ..Options::default()
+                };
+                let plan = plan(&Problem::new(&tensors, &options).unwrap(), &caps).unwrap();
+                let text = plan.launches[0].shader.expand(&templates()).unwrap();
+                let name = format!(
+                    "{}-{}-{d}-{lanes}.wgsl",
+                    format!("{route:?}").to_lowercase(),
+                    dtype.name()
+                );
+                std::fs::write(std::path::Path::new(&folder).join(name), text).unwrap();
+            }
+        }
+    }
 }
 
 #[test]

@@ -124,6 +124,7 @@ impl<'g> Recorder<'g> {
         let params = self.gpu.upload_uniform(&self.params)?;
         let (gpu, device) = (self.gpu, self.gpu.device());
         let commands = self.commands.into_iter();
+        let mut tensors = vec![params.clone()];
         let make = || {
             commands
                 .map(|command| match command {
@@ -155,6 +156,7 @@ impl<'g> Recorder<'g> {
                             entries: &entries,
                         });
                         gpu.count_bind_group();
+                        tensors.extend(dispatch.bindings.into_iter().map(|slice| slice.tensor));
                         Step::Dispatch {
                             pipeline: dispatch.pipeline,
                             bind_group,
@@ -167,7 +169,7 @@ impl<'g> Recorder<'g> {
         let steps = gpu.checked("bind groups", make)?;
         Ok(Recording {
             steps,
-            _params: params,
+            _tensors: tensors,
         })
     }
 }
@@ -184,7 +186,8 @@ enum Step {
 /// Commands that are ready: encoding them makes no buffer, no bind group and no pipeline.
 pub struct Recording {
     steps: Vec<Step>,
-    _params: Tensor,
+    /// What the bind groups keep on the device, so that it stays on the account.
+    _tensors: Vec<Tensor>,
 }
 
 impl Recording {

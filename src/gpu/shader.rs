@@ -128,7 +128,6 @@ impl Shader {
                 };
                 (*name, value)
             })
-            .chain([("BROWSER", cfg!(target_family = "wasm").into())])
             .collect();
         templates
             .get_template(&format!("{}.wgsl", self.kernel))
@@ -137,11 +136,13 @@ impl Shader {
     }
 }
 
-/// The templates of every kernel. A name that a template uses and a variant lacks is an error.
+/// The templates of every kernel. A name that a template uses and a variant lacks is an error. `BROWSER` tells
+/// whom the text is for: browsers want `enable subgroups;`, which naga refuses.
 pub fn templates() -> minijinja::Environment<'static> {
     let mut templates = minijinja::Environment::new();
     templates.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
     templates.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    templates.add_global("BROWSER", cfg!(target_family = "wasm"));
     for (name, text) in SOURCES {
         templates
             .add_template(name, text)

@@ -132,12 +132,12 @@ impl<'a> Attention<'a> {
     }
 
     /// How many keys count in batch row `b`.
-    fn length(&self, b: usize) -> usize {
+    pub(super) fn length(&self, b: usize) -> usize {
         self.kv_len.map_or(self.k_len, |lengths| lengths[b])
     }
 
     /// The key position at which query `i` of batch row `b` stands.
-    fn position(&self, b: usize, i: usize) -> i64 {
+    pub(super) fn position(&self, b: usize, i: usize) -> i64 {
         let offset = match self.offset {
             Offset::TopLeft => 0,
             Offset::BottomRight => self.length(b) as i64 - self.q_len as i64,
@@ -147,12 +147,12 @@ impl<'a> Attention<'a> {
     }
 
     /// Where `[b, h, i, j]` lies in `[B, H, Q, K]`.
-    fn cell(&self, b: usize, h: usize, i: usize, j: usize) -> usize {
+    pub(super) fn cell(&self, b: usize, h: usize, i: usize, j: usize) -> usize {
         ((b * self.heads + h) * self.q_len + i) * self.k_len + j
     }
 
     /// Whether query `i` attends to key `j`, by every rule but the bias.
-    fn attends(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
+    pub(super) fn attends(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
         let key = j as i64;
         let position = self.position(b, i);
         let (left, right) = self.window;

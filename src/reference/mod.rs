@@ -5,17 +5,20 @@
 //! and `qkv attend --verify`, which has its shapes checked before. A wrong shape is a bug in the test that
 //! made it, so it panics.
 //!
-//! - [`attention`] is the operator with every option, and its weights and scores.
+//! - [`attention`] is the operator with every option, and its weights and scores; [`attention_eager`] the same
+//!   as PyTorch computes it in a 16-bit type.
 //! - [`linear`], [`layer_norm`], [`Activation`], [`softmax`], [`top_k`], ... stand around it.
 //! - [`Stack`] is an encoder-decoder made of them, described by plain data.
 //!
 //! Feed it what the device sees: inputs already rounded to the storage type.
 
 mod attention;
+mod eager;
 mod rows;
 mod stack;
 
 pub use attention::{Attention, AttentionOut, Offset, attention, expand};
+pub use eager::attention_eager;
 pub use rows::{
     Activation, erf, erfc, layer_norm, linear, log_softmax, rms_norm, sinusoids, softmax, top_k,
 };

@@ -11,6 +11,7 @@ mod limits;
 mod options;
 mod plans;
 mod problems;
+mod sixteen;
 
 use std::collections::HashSet;
 use std::sync::OnceLock;

@@ -114,6 +114,51 @@ pub fn compare_rows(
     }
 }
 
+/// Holds the errors of an output in a 16-bit type beside those of a plain computation in the same type: against
+/// the oracle, at most twice those of `plain` in each row, beside one rounding of the row's largest value, as
+/// `plain` may be exact by luck. A row in which `plain` overflows is not held. All are `[rows, row_len]`. The
+/// answer is the root mean square of our errors over that of theirs, which has no such allowance.
+pub fn beside_plain(
+    name: &str,
+    storage: &str,
+    got: &[f32],
+    plain: &[f64],
+    want: &[f64],
+    row_len: usize,
+) -> Result<f64, String> {
+    assert!(got.len() == want.len() && plain.len() == want.len());
+    // The table allows two roundings, and what f32 sums are off by.
+    let rounding = tolerance(storage, 1).times(0.5);
+    let (mut ours, mut theirs) = (0.0, 0.0);
+    for (row, want) in want.chunks_exact(row_len).enumerate() {
+        let plain = &plain[row * row_len..][..row_len];
+        if plain.iter().any(|x| !x.is_finite()) {
+            continue;
+        }
+        let got = &got[row * row_len..][..row_len];
+        let our: Vec<f64> = got
+            .iter()
+            .zip(want)
+            .map(|(&x, w)| f64::from(x) - w)
+            .collect();
+        let their: Vec<f64> = plain.iter().zip(want).map(|(x, w)| x - w).collect();
+        let largest = |row: &[f64]| row.iter().fold(0.0f64, |top, x| top.max(x.abs()));
+        let square = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>();
+        let allowed = 2.0 * largest(&their) + rounding.atol + rounding.rtol * largest(want);
+        if let Some(error) = our.iter().find(|x| x.is_nan() || x.abs() > allowed) {
+            return Err(format!(
+                "{name}: row {row} is off by {error:.3e}, a plain computation in {storage} by {:.3e}",
+                largest(&their)
+            ));
+        }
+        (ours, theirs) = (ours + square(&our), theirs + square(&their));
+    }
+    match theirs {
+        0.0 if ours == 0.0 => Ok(0.0),
+        _ => Ok((ours / theirs).sqrt()),
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Cell {
     row: usize,

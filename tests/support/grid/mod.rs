@@ -179,6 +179,8 @@ pub struct Prepared {
     lays: [Lay; 4],
     tables: Tables,
     want: AttentionOut,
+    /// The output by a plain computation in the same type, where all four tensors have one 16-bit type.
+    plain: Option<Vec<f64>>,
 }
 
 /// What stands beside q, k and v, where it is there.
@@ -205,6 +207,8 @@ pub struct Answer {
     pub out: Vec<u32>,
     pub lse: Vec<u32>,
     pub weights: Option<Vec<u32>>,
+    /// The errors of `out` over those of a plain computation in the same 16-bit type.
+    pub beside_plain: Option<f64>,
 }
 
 impl Prepared {
@@ -320,6 +324,8 @@ impl Prepared {
             biased: vec![f64::NEG_INFINITY; cells],
         };
         let mut seen = vec![false; stored_keys as usize];
+        let same_type = case.types == [out_type; 4] && out_type.size() == 2;
+        let mut plain = same_type.then(|| want.out.clone());
         for b in 0..batch {
             let (kb, n) = (b / share, q_of(b));
             let length = kv_len[kb as usize];
@@ -398,6 +404,8 @@ impl Prepared {
             problem.alibi = slopes.as_deref();
             problem.sinks = sinks.as_deref();
             let got = reference::attention(&problem);
+            let got_plain = same_type
+                .then(|| reference::attention_eager(&problem, |x| round_to(storage(out_type), x)));
             for h in 0..heads {
                 for i in 0..n {
                     let (from, to) = (h * n + i, q_row(b, h, i));
@@ -406,6 +414,9 @@ impl Prepared {
                         all[at..at + n as usize].copy_from_slice(row(from_all, from, n));
                     };
                     copy(&got.out, &mut want.out, dv, dv);
+                    if let (Some(got), Some(plain)) = (&got_plain, &mut plain) {
+                        copy(got, plain, dv, dv);
+                    }
                     copy(&got.lse, &mut want.lse, 1, 1);
                     copy(&got.weights, &mut want.weights, length, k_len);
                     copy(&got.raw, &mut want.raw, length, k_len);
@@ -540,6 +551,7 @@ impl Prepared {
             lays,
             tables,
             want,
+            plain,
             case,
         }
     }

@@ -6,7 +6,9 @@ use qkv::attention::{Options, Route, Stage, Tensors, View, record};
 use qkv::gpu::{DType, Gpu, Recorder, Tensor};
 
 use super::{Answer, Function, Prepared, storage};
-use crate::compare::{NAN_16, NAN_32, Tolerance, compare_rows, tolerance as of_storage};
+use crate::compare::{
+    NAN_16, NAN_32, Tolerance, beside_plain, compare_rows, tolerance as of_storage,
+};
 
 impl Prepared {
     /// What this problem's answers may be off by.
@@ -148,6 +150,10 @@ impl Prepared {
             value_dim,
             self.tolerance(out_type),
         )?;
+        let beside = self.plain.as_ref().map(|plain| {
+            let (of, want) = (storage(out_type), &self.want.out);
+            beside_plain(&name, of, &values, plain, want, value_dim)
+        });
         let read = |what: &str, framed: &Tensor, cells: u32, want: &[f64], len: u32| {
             let name = format!("{what} of {name}");
             let got = gpu.read_floats(framed).map_err(fail)?;
@@ -171,6 +177,7 @@ impl Prepared {
             out: bits,
             lse,
             weights,
+            beside_plain: beside.transpose()?,
         })
     }
 
@@ -185,6 +192,12 @@ impl Prepared {
     /// Spoils one value of the oracle's answer, for tests of the harness.
     pub fn spoil(&mut self) {
         *self.want.out.last_mut().expect("an output") += 0.01;
+    }
+
+    /// Replaces the plain computation by one that makes hardly an error, for tests of the harness.
+    pub fn sharpen(&mut self) {
+        let out = self.want.out.iter();
+        self.plain = Some(out.map(|x| f64::from(*x as f32)).collect());
     }
 }
 
