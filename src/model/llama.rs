@@ -238,8 +238,12 @@ fn original(config: &Config, path: &Path) -> Result<u32> {
 
 fn scaling(config: &Config, path: &Path) -> Result<RopeScaling> {
     let (map, name) = parameters(config);
-    let kind = match map.and_then(|map| map.get("rope_type").or(map.get("type"))) {
-        None | Some(Value::Null) => "default",
+    let given = |key: &str| {
+        map.and_then(|map| map.get(key))
+            .filter(|value| !value.is_null())
+    };
+    let kind = match given("rope_type").or(given("type")) {
+        None => "default",
         Some(Value::String(kind)) => kind.as_str(),
         Some(other) => {
             return refuse(
@@ -310,8 +314,8 @@ fn scaling(config: &Config, path: &Path) -> Result<RopeScaling> {
             let stretched = f64::from(config.max_position_embeddings) / f64::from(original);
             let factor = get("factor")?.unwrap_or(stretched);
             // Zero counts as absent, as transformers has it.
-            let given = |key: &str| Ok::<_, Error>(get(key)?.filter(|&value| value != 0.0));
-            let inferred = match (given("mscale")?, given("mscale_all_dim")?) {
+            let nonzero = |key: &str| Ok::<_, Error>(get(key)?.filter(|&value| value != 0.0));
+            let inferred = match (nonzero("mscale")?, nonzero("mscale_all_dim")?) {
                 (Some(over), Some(under)) => {
                     yarn_attention_factor(factor, over) / yarn_attention_factor(factor, under)
                 }
@@ -320,18 +324,14 @@ fn scaling(config: &Config, path: &Path) -> Result<RopeScaling> {
             RopeScaling::Yarn {
                 factor,
                 original,
-                beta_fast: given("beta_fast")?.unwrap_or(32.0),
-                beta_slow: given("beta_slow")?.unwrap_or(1.0),
-                truncate: match map.and_then(|map| map.get("truncate")) {
-                    None | Some(Value::Null) => true,
+                beta_fast: nonzero("beta_fast")?.unwrap_or(32.0),
+                beta_slow: nonzero("beta_slow")?.unwrap_or(1.0),
+                truncate: match given("truncate") {
+                    None => true,
                     Some(Value::Bool(truncate)) => *truncate,
                     Some(other) => {
-                        return refuse(
-                            path,
-                            &format!("{name}.truncate"),
-                            other.to_string(),
-                            "true or false",
-                        );
+                        let key = format!("{name}.truncate");
+                        return refuse(path, &key, other.to_string(), "true or false");
                     }
                 },
                 attention_factor: get("attention_factor")?.unwrap_or(inferred),

@@ -199,7 +199,7 @@ impl Rope {
     }
 
     /// The table of a context of that length, on the device.
-    pub(super) fn rotary(&self, gpu: &Gpu, context: u32) -> Result<Rotary> {
+    pub fn rotary(&self, gpu: &Gpu, context: u32) -> Result<Rotary> {
         let turns: Vec<u32> = self
             .frequencies(context)
             .iter()
