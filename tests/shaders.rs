@@ -7,9 +7,7 @@ use std::sync::OnceLock;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, StorageAccess, TypeInner};
 use qkv::Error;
-use qkv::attention::{
-    Align, MAX_HEAD_DIM, Options, Problem, Route, Stage, T5, Tensors, View, plan,
-};
+use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, plan};
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
 
 const FLOATS: [&str; 2] = ["f32", "f16"];

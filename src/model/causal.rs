@@ -253,7 +253,8 @@ impl CausalModel {
     /// [`Error::Refused`] for rows that are empty, reach past the model's positions, or are not as many as
     /// `starts`, and for ids outside the vocabulary.
     pub fn chunk(&self, tokens: &Padded, starts: &[u32], wanted: Wanted) -> Result<Chunk> {
-        let (ids, _) = self.upload(tokens)?;
+        let most = self.spec.max_positions;
+        let (ids, _) = tokens.upload(&self.gpu, "input_ids", self.spec.vocab, most)?;
         let (n, len) = (tokens.lengths.len() as u32, tokens.len);
         if starts.len() != tokens.lengths.len() {
             let bound = format!("one for each of {n} rows");
@@ -263,7 +264,6 @@ impl CausalModel {
         let ends = rows
             .clone()
             .map(|(&from, &n)| u64::from(from) + u64::from(n));
-        let most = self.spec.max_positions;
         if let Some(end) = ends.into_iter().find(|&end| end > u64::from(most)) {
             let bound = format!("the model has {most} positions");
             return Err(Error::refused("a chunk's end", end, bound));
@@ -290,25 +290,24 @@ impl CausalModel {
         })
     }
 
-    fn upload(&self, tokens: &Padded) -> Result<(Tensor, Tensor)> {
-        let most = self.spec.max_positions;
-        tokens.upload(&self.gpu, "input_ids", self.spec.vocab, most)
-    }
-
-    /// Whole texts at once: every position's logits. Records, submits, and does not wait. The keys and values
-    /// of a layer live only as long as it needs them.
+    /// Whole texts at once: every position's logits. Padding attends to its row's own tokens, and nothing
+    /// attends to it. Records, submits, and does not wait. The keys and values of a layer live only as long as
+    /// it needs them.
     ///
     /// # Errors
     /// [`Error::Refused`] for empty or too long texts and for ids outside the vocabulary.
     pub fn forward(&self, tokens: &Padded, with_attentions: bool) -> Result<CausalForward> {
         let (gpu, spec) = (&self.gpu, &self.spec);
-        let (ids, _) = self.upload(tokens)?;
         let (n, len) = (tokens.lengths.len() as u32, tokens.len);
-        let places: Vec<u32> = (0..n)
-            .flat_map(|s| (0..len).flat_map(move |t| [s, t]))
-            .collect();
-        let places = gpu.upload_u32("places", &[n * len, 2], &places)?;
-        let lengths = gpu.upload_u32("lengths", &[n], &vec![len; n as usize])?;
+        let chunk = self.chunk(tokens, &vec![0; n as usize], Wanted::All)?;
+        // Here padding stands where it stands, so that its logits too are those of other implementations.
+        let places = (0..n).flat_map(|s| (0..len).flat_map(move |t| [s, t]));
+        let places = places.collect::<Vec<u32>>();
+        let chunk = Chunk {
+            places: Some(gpu.upload_u32("places", &[n * len, 2], &places)?),
+            ..chunk
+        };
+        let lengths = gpu.upload_u32("lengths", &[n], &tokens.lengths)?;
         let Heads {
             heads,
             kv_heads,
@@ -326,16 +325,9 @@ impl CausalModel {
         }
         let mut recorder = Recorder::new(gpu);
         let pass = Pass {
-            ids: &ids,
-            tokens: NewTokens {
-                sequences: n,
-                len,
-                places: Some(&places),
-                starts: None,
-                lengths: &lengths,
-            },
+            chunk: &chunk,
+            lengths: &lengths,
             context: len,
-            rows: None,
             logits: &logits,
             attentions: &attentions,
         };
@@ -360,9 +352,9 @@ impl CausalModel {
             kv_heads, head_dim, ..
         } = self.spec.heads;
         let sequences = chunk.ids.shape[0];
-        let shape = cache.k.first().map(|k| k.shape.as_slice());
+        let shape = cache.k.first().map_or(&[][..], |k| &k.shape);
         let capacity = match shape {
-            Some(&[s, hk, l, d])
+            &[s, hk, l, d]
                 if cache.k.len() == self.layers.len()
                     && [s, hk, d] == [sequences, kv_heads, head_dim] =>
             {
@@ -379,16 +371,9 @@ impl CausalModel {
             }
         };
         let pass = Pass {
-            ids: &chunk.ids,
-            tokens: NewTokens {
-                sequences,
-                len: chunk.ids.shape[1],
-                places: chunk.places.as_ref(),
-                starts: chunk.starts.as_ref(),
-                lengths: &cache.lengths,
-            },
+            chunk,
+            lengths: &cache.lengths,
             context: capacity,
-            rows: chunk.rows.as_ref(),
             logits,
             attentions: &[],
         };
@@ -408,17 +393,25 @@ impl CausalModel {
             false => None,
         };
         let rotary = longer.as_ref().unwrap_or(&self.rotary);
+        let chunk = pass.chunk;
+        let tokens = NewTokens {
+            sequences: chunk.ids.shape[0],
+            len: chunk.ids.shape[1],
+            places: chunk.places.as_ref(),
+            starts: chunk.starts.as_ref(),
+            lengths: pass.lengths,
+        };
         let sizes = [spec.width, spec.ffn];
         let mut stream =
-            CausalStream::new(recorder, self.dtype, pass.tokens, spec.heads, rotary, sizes)?;
+            CausalStream::new(recorder, self.dtype, tokens, spec.heads, rotary, sizes)?;
         let x = stream.state().clone();
-        let places = Places::Sequence(pass.tokens.len);
-        ops::embed(stream.recorder(), pass.ids, &self.embedding, places, &x)?;
+        let places = Places::Sequence(tokens.len);
+        ops::embed(stream.recorder(), &chunk.ids, &self.embedding, places, &x)?;
         for (ix, layer) in self.layers.iter().enumerate() {
             let [k, v] = kv(ix);
             stream.layer(layer, k, v, pass.attentions.get(ix))?;
         }
-        let states = stream.norm(&self.norm, pass.rows)?;
+        let states = stream.norm(&self.norm, chunk.rows.as_ref())?;
         ops::matmul(
             recorder,
             &states,
@@ -431,12 +424,11 @@ impl CausalModel {
 
 /// One pass over new tokens.
 struct Pass<'a> {
-    ids: &'a Tensor,
-    tokens: NewTokens<'a>,
+    chunk: &'a Chunk,
+    /// Positions that each sequence fills with it.
+    lengths: &'a Tensor,
     /// The longest context that the keys may come to hold.
     context: u32,
-    /// The rows whose logits are wanted, if not all.
-    rows: Option<&'a Tensor>,
     logits: &'a Tensor,
     /// Where each layer's weights go, if anywhere.
     attentions: &'a [Tensor],
