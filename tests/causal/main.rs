@@ -283,6 +283,57 @@ fn chunks_and_single_tokens_equal_the_whole() {
     }
 }
 
+#[test]
+fn a_cache_of_other_types_is_written_and_read_as_it_is() {
+    if !gpu().caps().f16 {
+        println!("this device has no f16");
+        return;
+    }
+    // Keys rounded by 2^-11, values by 2^-8, in each of a few layers.
+    let tol = Tolerance {
+        atol: 0.05,
+        rtol: 0.05,
+    };
+    for (name, spec) in specs() {
+        if spec.heads.head_dim % 2 == 1 {
+            continue;
+        }
+        let (model, oracle) = make(gpu(), &spec, DType::F32);
+        let mut cache = empty_cache(&model, 2, 12);
+        for (blocks, dtype) in [(&mut cache.k, DType::F16), (&mut cache.v, DType::BF16)] {
+            for block in blocks {
+                let nan = vec![f32::NAN; block.len() as usize];
+                *block = gpu()
+                    .upload_floats("cache", dtype, block.shape(), &nan)
+                    .unwrap();
+            }
+        }
+        let oracle = in_context(&oracle, &spec, 12);
+        let texts = tokens(6, &[9, 5], spec.vocab);
+        let vocab = spec.vocab as usize;
+        // All but the last token, then that.
+        let (first, last): (Vec<&[u32]>, Vec<&[u32]>) = texts
+            .iter()
+            .map(|text| text.split_at(text.len() - 1))
+            .unzip();
+        let mut got = Vec::new();
+        for (new, starts, ends) in [(first, [0, 0], [8, 4]), (last, [8, 4], [9, 5])] {
+            let chunk = model.chunk(&Padded::new(&new, 0), &starts, Wanted::Last);
+            let out = gpu().empty("logits", DType::F32, &[2, spec.vocab]);
+            got = run_step(&model, &cache, &chunk.unwrap(), &ends, &out.unwrap());
+        }
+        for (got, text) in got.chunks(vocab).zip(&texts) {
+            let (all, _) = oracle.forward(text, 1);
+            let want = &all[(text.len() - 1) * vocab..];
+            compare_rows(name, got, want, vocab, tol).unwrap();
+            assert!(
+                compare_rows(name, got, want, vocab, exact()).is_err(),
+                "it is rounded"
+            );
+        }
+    }
+}
+
 fn generate(model: &CausalModel, prompts: &[Vec<u32>], settings: &CausalSettings) -> Vec<Sequence> {
     let mut generator = CausalGenerator::new(model, prompts, settings).unwrap();
     let mut heard = vec![Vec::new(); prompts.len()];
