@@ -366,7 +366,7 @@ fn a_damaged_model_is_refused_by_file_and_reason() {
 fn forward_writes_what_transformers_wrote() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.safetensors");
-    for name in ["relu", "tanh-untied"] {
+    for name in ["relu", "tanh-untied", "causal/llama3", "causal/qwen3"] {
         let (model, input) = (
             format!("{GOLDENS}/{name}"),
             format!("{GOLDENS}/{name}/goldens.safetensors"),
@@ -416,10 +416,28 @@ fn forward_writes_what_transformers_wrote() {
         let layers = want
             .names()
             .iter()
-            .filter(|name| name.contains("_attentions."))
+            .filter(|name| name.contains("attentions."))
             .count();
-        assert_eq!(compared, 2 + layers);
+        let states = usize::from(want.tensor("encoder_states").is_ok());
+        assert!(layers > 0);
+        assert_eq!(compared, 1 + states + layers);
     }
+}
+
+#[test]
+fn a_model_of_the_other_kind_is_refused() {
+    let model = format!("{GOLDENS}/causal/llama3");
+    let arguments = ["translate", "--model", &model, "--to", "fra", "Hello"];
+    refuses(&qkv(&arguments, b""), &[&model]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    std::fs::write(path, r#"{"model_type": "gemma3"}"#).unwrap();
+    let input = format!("{model}/goldens.safetensors");
+    let out = dir.path().join("out");
+    let model = dir.path().to_str().unwrap();
+    let out = out.to_str().unwrap();
+    let arguments = ["forward", "--model", model, &input, "-o", out];
+    refuses(&qkv(&arguments, b""), &["model_type", "gemma3", "qwen3"]);
 }
 
 #[test]

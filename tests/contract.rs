@@ -175,3 +175,33 @@ fn a_device_with_default_limits_and_no_features_translates_the_same() {
     let refused = attention::record(&mut Recorder::new(&least), &tensors, &Options::default());
     assert!(refused.unwrap_err().to_string().contains("f16"));
 }
+
+#[test]
+#[cfg(feature = "models")]
+fn a_device_with_default_limits_and_no_features_goes_on_with_a_text_the_same() {
+    use qkv::generate::{CausalGenerator, CausalSettings};
+    use qkv::model::{CausalModel, Source};
+
+    let write = |gpu: &Gpu, name: &str| {
+        let goldens = format!("{}/tests/goldens/causal/{name}", env!("CARGO_MANIFEST_DIR"));
+        let source = Source::Directory(goldens.into());
+        let model = CausalModel::load(gpu, &source, DType::F32, &mut |_, _| {}).unwrap();
+        let settings = CausalSettings {
+            max_tokens: 8,
+            eos: Vec::new(),
+        };
+        let prompts = [vec![5, 9, 31, 7, 0], vec![12]];
+        let mut generator = CausalGenerator::new(&model, &prompts, &settings).unwrap();
+        generator.by_ref().for_each(|step| drop(step.unwrap()));
+        let sequences = generator.sequences().to_vec();
+        sequences
+            .into_iter()
+            .map(|sequence| sequence.tokens)
+            .collect::<Vec<_>>()
+    };
+    let (device, queue) = least_device();
+    let (least, full) = (Gpu::from_wgpu(&device, &queue), Gpu::new().unwrap());
+    for name in ["mistral", "qwen3"] {
+        assert_eq!(write(&least, name), write(&full, name));
+    }
+}

@@ -11,8 +11,8 @@ use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, p
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
 
 /// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 8765;
-const TEXTS: usize = 5669;
+const VARIANTS: usize = 9793;
+const TEXTS: usize = 6693;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -255,18 +255,21 @@ fn other_variants() -> Vec<Shader> {
                                 ["f16", "f16", "f32"],
                                 ["f32", "f16", "f32"],
                             ] {
-                                all.push(
-                                    Shader::new(kernel)
-                                        .with("F16", [x, w, y].contains(&"f16"))
-                                        .with("T", x)
-                                        .with("W_TYPE", w)
-                                        .with("O_TYPE", y)
-                                        .with("VEC", vec)
-                                        .with("ROWS", rows)
-                                        .with("HAS_BIAS", has_bias)
-                                        .with("HAS_RESIDUAL", has_residual)
-                                        .with("ACTIVATION", activation),
-                                );
+                                for gated in BOTH {
+                                    all.push(
+                                        Shader::new(kernel)
+                                            .with("F16", [x, w, y].contains(&"f16"))
+                                            .with("T", x)
+                                            .with("W_TYPE", w)
+                                            .with("O_TYPE", y)
+                                            .with("VEC", vec)
+                                            .with("ROWS", rows)
+                                            .with("HAS_BIAS", has_bias)
+                                            .with("HAS_RESIDUAL", has_residual)
+                                            .with("GATED", gated)
+                                            .with("ACTIVATION", activation),
+                                    );
+                                }
                             }
                         }
                     }
@@ -275,18 +278,51 @@ fn other_variants() -> Vec<Shader> {
         }
     }
     for t in FLOATS {
-        for kernel in ["norm", "append"] {
-            all.push(Shader::new(kernel).with("F16", t == "f16").with("T", t));
+        for rms in BOTH {
+            for has_rows in BOTH {
+                all.push(
+                    Shader::new("norm")
+                        .with("F16", t == "f16")
+                        .with("T", t)
+                        .with("RMS", rms)
+                        .with("HAS_ROWS", has_rows),
+                );
+            }
+        }
+        for [k, v] in TYPES
+            .iter()
+            .flat_map(|k| TYPES.map(|v| [k.name(), v.name()]))
+        {
+            for has_places in BOTH {
+                for qk_norm in BOTH {
+                    for rotary in ["none", "halves", "neighbours"] {
+                        all.push(
+                            Shader::new("append")
+                                .with("F16", [t, k, v].contains(&"f16"))
+                                .with("T", t)
+                                .with("K_TYPE", k)
+                                .with("V_TYPE", v)
+                                .with("HAS_PLACES", has_places)
+                                .with("QK_NORM", qk_norm)
+                                .with("ROTARY", rotary)
+                                .with("HEAD_DIM", 64u32),
+                        );
+                    }
+                }
+            }
         }
         for w in FLOATS {
-            for has_lengths in BOTH {
-                all.push(
-                    Shader::new("embed")
-                        .with("F16", [t, w].contains(&"f16"))
-                        .with("T", t)
-                        .with("W_TYPE", w)
-                        .with("HAS_LENGTHS", has_lengths),
-                );
+            for has_positions in BOTH {
+                for has_lengths in BOTH {
+                    all.push(
+                        Shader::new("embed")
+                            .with("F16", [t, w].contains(&"f16"))
+                            .with("T", t)
+                            .with("W_TYPE", w)
+                            .with("HAS_POSITIONS", has_positions)
+                            .with("HAS_LENGTHS", has_lengths),
+                    );
+                }
             }
         }
     }
@@ -307,7 +343,8 @@ fn params_bytes(kernel: &str) -> u32 {
     match kernel {
         "scores" | "softmax" | "values" | "prefill" | "prefill_lanes" | "decode"
         | "decode_lanes" | "merge" | "block_map" => 240,
-        "embed" | "append" => 32,
+        "append" => 48,
+        "embed" => 32,
         "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" => 16,
         other => panic!("{other} is not in the list"),
     }

@@ -1,5 +1,6 @@
 // What the matrix products share: Y [M, N] = activate(X [M, K] W [K, N] + bias) + residual. W's rows are
-// padded to whole vec4s. X's rows are read as vec4s where K allows.
+// padded to whole vec4s. X's rows are read as vec4s where K allows. GATED: W's columns come in pairs, a gate and
+// what it lets through, and Y [M, N / 2] = activate(gate) * other + residual.
 {% if F16 %}
 enable f16;
 {% endif %}
@@ -41,9 +42,17 @@ fn store_y(row: u32, quad: u32, sum: vec4<f32>) {
 {% if HAS_BIAS %}
     value += vec4<f32>(bias[n], bias[n + 1u], bias[n + 2u], bias[n + 3u]);
 {% endif %}
+{% if GATED %}
+    let gate = activate(value);
+    let at = (row * P.n + n) / 2u;
+{% for e in range(2) %}
+    if (n + {{ 2 * e }}u < P.n) { y[at + {{ e }}u] = {{ O_TYPE }}(gate[{{ 2 * e }}] * value[{{ 2 * e + 1 }}]{% if HAS_RESIDUAL %} + f32(residual[at + {{ e }}u]){% endif %}); }
+{% endfor %}
+{% else %}
     value = activate(value);
     let at = row * P.n + n;
 {% for e in range(4) %}
     if (n + {{ e }}u < P.n) { y[at + {{ e }}u] = {{ O_TYPE }}(value[{{ e }}]{% if HAS_RESIDUAL %} + f32(residual[at + {{ e }}u]){% endif %}); }
 {% endfor %}
+{% endif %}
 }

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use qkv::gpu::Gpu;
-use qkv::model::{Model, Padded};
+use qkv::gpu::{Gpu, Tensor};
+use qkv::model::{AnyModel, Model, Padded};
 use qkv::{Error, Result};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -15,51 +15,70 @@ use super::{Floats, ModelOptions, load, save};
 pub struct Options {
     #[command(flatten)]
     model: ModelOptions,
-    /// Integers: `input_ids` [B,S], `decoder_input_ids` [B,T], and `attention_mask` [B,S] if some of the
-    /// sources are padded, at their end
+    /// Integers: `input_ids` [B,S], for an encoder-decoder `decoder_input_ids` [B,T], and `attention_mask`
+    /// [B,S] if some rows of `input_ids` are padded, at their end
     #[arg(value_name = "IN.safetensors")]
     input: PathBuf,
-    /// f32: `logits` [B,T,V], `encoder_states` [B,S,d]
+    /// f32: `logits` [B,T,V] and, of an encoder-decoder, `encoder_states` [B,S,d]
     #[arg(short, long, value_name = "OUT.safetensors")]
     output: PathBuf,
-    /// Also `encoder_attentions.L`, `decoder_attentions.L` and `cross_attentions.L`, [B,H,Q,K]
+    /// Also `attentions.L`, or `encoder_attentions.L`, `decoder_attentions.L` and `cross_attentions.L`,
+    /// [B,H,Q,K]
     #[arg(long)]
     attentions: bool,
 }
 
 pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
     let input = Input::load(&options.input)?;
-    let (sources, targets) = (input.sources()?, input.targets()?);
+    let sources = input.sources()?;
     let gpu = Gpu::choose(device)?;
     let (source, dtype) = (options.model.source()?, options.model.dtype());
     let model = load(&gpu, |gpu, progress| {
-        Model::load(gpu, &source, dtype, progress)
+        AnyModel::load(gpu, &source, dtype, progress)
     })?;
-    let memory = model.encode(&sources, options.attentions)?;
-    let forward = model.forward(&memory, &targets, options.attentions)?;
-
-    let mut tensors = vec![
-        ("logits".to_string(), &forward.logits),
-        ("encoder_states".to_string(), &memory.states),
-    ];
-    for (kind, taps) in [
-        ("encoder", &memory.attentions),
-        ("decoder", &forward.decoder_attentions),
-        ("cross", &forward.cross_attentions),
-    ] {
-        let named = taps.iter().enumerate();
-        tensors.extend(named.map(|(ix, tap)| (format!("{kind}_attentions.{ix}"), tap)));
-    }
-    let tensors = tensors.into_iter().map(|(name, tensor)| {
+    let tensors = match model {
+        AnyModel::Causal(model) => {
+            let forward = model.forward(&sources, options.attentions)?;
+            let taps = numbered("attentions", forward.attentions);
+            taps.chain([("logits".into(), forward.logits)]).collect()
+        }
+        AnyModel::EncoderDecoder(model) => translate(&model, &input, &sources, options.attentions)?,
+    };
+    let tensors = tensors.into_iter().map(|(name, tensor): (String, Tensor)| {
         Ok(Floats {
             name,
             shape: tensor.shape().to_vec(),
-            values: gpu.read_floats(tensor)?,
+            values: gpu.read_floats(&tensor)?,
         })
     });
     save(&options.output, tensors.collect::<Result<_>>()?)?;
     gpu.save_pipelines();
     Ok(())
+}
+
+/// Layers' tensors by name.
+fn numbered(kind: &str, taps: Vec<Tensor>) -> impl Iterator<Item = (String, Tensor)> {
+    let taps = taps.into_iter().enumerate();
+    taps.map(move |(ix, tap)| (format!("{kind}.{ix}"), tap))
+}
+
+fn translate(
+    model: &Model,
+    input: &Input,
+    sources: &Padded,
+    attentions: bool,
+) -> Result<Vec<(String, Tensor)>> {
+    let targets = input.targets()?;
+    let memory = model.encode(sources, attentions)?;
+    let forward = model.forward(&memory, &targets, attentions)?;
+    let mut tensors = vec![
+        ("logits".to_string(), forward.logits),
+        ("encoder_states".to_string(), memory.states),
+    ];
+    tensors.extend(numbered("encoder_attentions", memory.attentions));
+    tensors.extend(numbered("decoder_attentions", forward.decoder_attentions));
+    tensors.extend(numbered("cross_attentions", forward.cross_attentions));
+    Ok(tensors)
 }
 
 struct Input {

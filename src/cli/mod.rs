@@ -42,7 +42,7 @@ enum Command {
 
 #[derive(Args)]
 struct ModelOptions {
-    /// A Hugging Face MarianMT directory; the embedded model if not given
+    /// A Hugging Face directory; the embedded model if not given
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// How weights and activations are stored

@@ -1,8 +1,10 @@
 //! Generation, a step at a time: greedy and beam search.
 
 mod beam;
+mod causal;
 mod settings;
 
+pub use causal::{CausalGenerator, CausalSettings};
 pub use settings::{EarlyStopping, MAX_BEAMS, Settings};
 
 use crate::cache::{Cache, Extents};
@@ -154,28 +156,15 @@ impl<'m> Generator<'m> {
     fn advance(&mut self) -> Result<Step> {
         let n = self.settings.candidates() as usize;
         let vocab = self.model.spec().target_vocab;
-        let mut candidates: Vec<Vec<(u32, f32)>> =
-            self.model
-                .gpu()
-                .run_and_read(&self.step, &self.staging, |bytes| {
-                    let (pairs, _) = bytes.as_chunks::<8>();
-                    pairs
-                        .chunks(n)
-                        .take(self.sources * self.settings.beams as usize)
-                        .map(|row| {
-                            row.iter()
-                                .map(|pair| {
-                                    let [a, b, c, d, e, f, g, h] = *pair;
-                                    (
-                                        u32::from_le_bytes([a, b, c, d]),
-                                        f32::from_le_bytes([e, f, g, h]),
-                                    )
-                                })
-                                .filter(|&(token, _)| token < vocab)
-                                .collect()
-                        })
-                        .collect()
-                })?;
+        let rows = self.sources * self.settings.beams as usize;
+        let mut candidates = self
+            .model
+            .gpu()
+            .run_and_read(&self.step, &self.staging, |bytes| {
+                let mut rows_of = read_choices(bytes, n, vocab);
+                rows_of.truncate(rows);
+                rows_of
+            })?;
         self.steps += 1;
         if let Some(row) = candidates
             .iter()
@@ -282,6 +271,19 @@ impl Iterator for Generator<'_> {
         self.failed = step.is_err();
         Some(step)
     }
+}
+
+/// What `choose` wrote for each row, `n` tokens and their log-probabilities, without those that stand for
+/// none.
+fn read_choices(bytes: &[u8], n: usize, vocab: u32) -> Vec<Vec<(u32, f32)>> {
+    let (pairs, _) = bytes.as_chunks::<8>();
+    let pair = |&[a, b, c, d, e, f, g, h]: &[u8; 8]| {
+        let token = u32::from_le_bytes([a, b, c, d]);
+        (token, f32::from_le_bytes([e, f, g, h]))
+    };
+    let rows = pairs.chunks(n).map(|row| row.iter().map(pair));
+    rows.map(|row| row.filter(|&(token, _)| token < vocab).collect())
+        .collect()
 }
 
 /// A bit for each token that may be written: first the first token's, then those of later ones.

@@ -1,10 +1,14 @@
 //! Encoder and decoder layers, recorded from weights. Which family they come from is not known here.
 
+mod causal;
+
+pub use causal::{CausalLayer, CausalStream, Heads, NewTokens};
+
 use crate::Result;
 use crate::attention::{self, Options, Tensors, View};
 use crate::cache::Cache;
 use crate::gpu::{DType, Gpu, Recorder, Tensor};
-use crate::ops::{self, Activation, Epilogue, Linear, Norm};
+use crate::ops::{self, Activation, Append, Epilogue, Linear, Norm, Rows};
 
 /// Where a layer's norms stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -275,14 +279,17 @@ impl<'r, 'g> Stream<'r, 'g> {
             Epilogue::default(),
         )?;
         let (k, v) = (&cache.k[layer], &cache.v[layer]);
-        ops::append(
-            self.recorder,
-            &self.projected,
-            self.batch.width(),
-            &cache.lengths,
-            k,
-            v,
-        )?;
+        let step = Append {
+            qkv: &self.projected,
+            heads: self.batch.heads,
+            rows: Rows::Lengths(&cache.lengths),
+            k_cache: k,
+            v_cache: v,
+            qk_norm: None,
+            rotary: None,
+            q: None,
+        };
+        ops::append(self.recorder, &step)?;
         let tensors = Tensors {
             kv_len: Some(&cache.lengths),
             rows: cache.rows.as_ref(),

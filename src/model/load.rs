@@ -1,5 +1,6 @@
 //! From a directory to a model on the device.
 
+use super::reader::Reader;
 use super::weights::Weights;
 use super::{Model, Names, Positions, Source, Spec, Stack, marian};
 use crate::gpu::{DType, Gpu, Tensor};
@@ -28,7 +29,7 @@ impl Model {
                 return Err(Error::refused(
                     format!("model_type in {}", config_path.display()),
                     other.unwrap_or("absent"),
-                    "marian is known",
+                    "marian is the encoder-decoder that is known",
                 ));
             }
         };
@@ -58,35 +59,41 @@ impl Model {
         dtype: DType,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Model> {
-        if dtype == DType::F16 && !gpu.caps().f16 {
-            return Err(Error::refused(
-                "dtype",
-                "f16",
-                "f32: this device has no f16 in shaders",
-            ));
-        }
+        check_dtype(gpu, dtype)?;
         spec.check()?;
-        let weights_path = source.path().join("model.safetensors");
-        let weights = Weights::new(&weights_path, source.must("model.safetensors")?)?;
-        let loader = Loader {
+        let reader = Reader {
             gpu,
+            dtype,
+            weights: Weights::load(source)?,
+            progress,
+        };
+        let loader = Loader {
             spec,
             names,
-            dtype,
-            weights,
-            progress,
+            reader,
         };
         loader.model()
     }
 }
 
+/// An error for a type of weights and activations that the device cannot compute with.
+pub(super) fn check_dtype(gpu: &Gpu, dtype: DType) -> Result<()> {
+    match dtype {
+        DType::F32 => Ok(()),
+        DType::F16 if gpu.caps().f16 => Ok(()),
+        DType::F16 => Err(Error::refused(
+            "dtype",
+            "f16",
+            "f32: this device has no f16 in shaders",
+        )),
+        other => Err(Error::refused("dtype", other.name(), "f32 or f16")),
+    }
+}
+
 struct Loader<'a> {
-    gpu: &'a Gpu,
     spec: &'a Spec,
     names: &'a Names,
-    dtype: DType,
-    weights: Weights,
-    progress: &'a mut dyn FnMut(u64, u64),
+    reader: Reader<'a>,
 }
 
 impl Loader<'_> {
@@ -101,16 +108,16 @@ impl Loader<'_> {
             true => names.shared_embedding,
             false => name,
         };
-        let source_name = own(&self.weights, names.source_embedding);
-        let target_name = own(&self.weights, names.target_embedding);
-        let source_table = self.table(source_name, source_vocab)?;
+        let source_name = own(&self.reader.weights, names.source_embedding);
+        let target_name = own(&self.reader.weights, names.target_embedding);
+        let source_table = self.reader.table(source_name, source_vocab, spec.width)?;
         let target_table = match target_name == source_name {
             true => source_table.clone(),
-            false => self.table(target_name, target_vocab)?,
+            false => self.reader.table(target_name, target_vocab, spec.width)?,
         };
         let logits_table = match spec.tied_logits {
             true => target_table.clone(),
-            false => self.table(names.logits, target_vocab)?,
+            false => self.reader.table(names.logits, target_vocab, spec.width)?,
         };
         // Copies of tied tensors and sinusoidal tables that some exports save all the same.
         for name in [
@@ -119,10 +126,13 @@ impl Loader<'_> {
             names.target_embedding,
             names.logits,
         ] {
-            self.weights.skip(name);
+            self.reader.weights.skip(name);
         }
         let logits_bias = match spec.logits_bias {
-            true => Some(self.padded(names.logits_bias, &[1, target_vocab])?),
+            true => Some({
+                let bias = self.reader.take(names.logits_bias, &[1, target_vocab])?;
+                self.reader.padded(names.logits_bias, bias)?
+            }),
             false => None,
         };
         let source = self.embedding(source_table, source_vocab, names.source_positions)?;
@@ -141,11 +151,11 @@ impl Loader<'_> {
             ),
             false => (None, None),
         };
-        self.weights.finish()?;
+        self.reader.weights.finish()?;
         Ok(Model {
-            gpu: self.gpu.clone(),
+            gpu: self.reader.gpu.clone(),
             spec: spec.clone(),
-            dtype: self.dtype,
+            dtype: self.reader.dtype,
             source,
             encoder,
             encoder_norm,
@@ -160,98 +170,44 @@ impl Loader<'_> {
         })
     }
 
-    fn take(&mut self, name: &str, shape: &[u32]) -> Result<Vec<f32>> {
-        let values = self.weights.take(name, shape)?;
-        let (done, all) = self.weights.progress();
-        (self.progress)(done, all);
-        Ok(values)
-    }
-
-    /// A matrix `[N, K]` as products read it: `[K, N rounded up to 4]`; several are put side by side.
-    fn columns(&mut self, label: &str, matrices: &[Vec<f32>], n: u32, k: u32) -> Result<Tensor> {
-        let (n, k) = (n as usize, k as usize);
-        let stride = (n * matrices.len()).next_multiple_of(4);
-        let mut columns = vec![0.0f32; k * stride];
-        // Tiles keep both sides of the transposition in the cache.
-        const TILE: usize = 32;
-        for (part, matrix) in matrices.iter().enumerate() {
-            for row_from in (0..n).step_by(TILE) {
-                for column_from in (0..k).step_by(TILE) {
-                    for row in row_from..(row_from + TILE).min(n) {
-                        for column in column_from..(column_from + TILE).min(k) {
-                            columns[column * stride + part * n + row] = matrix[row * k + column];
-                        }
-                    }
-                }
-            }
-        }
-        self.gpu
-            .upload_floats(label, self.dtype, &[k as u32, stride as u32], &columns)
-    }
-
-    /// An embedding table `[V, d]`, laid out for the logits' product.
-    fn table(&mut self, name: &str, vocab: u32) -> Result<Tensor> {
-        let values = self.take(name, &[vocab, self.spec.width])?;
-        self.columns(name, &[values], vocab, self.spec.width)
-    }
-
-    /// f32 values, padded with zeros to whole fours.
-    fn padded(&mut self, name: &str, shape: &[u32]) -> Result<Tensor> {
-        let mut values = self.take(name, shape)?;
-        values.resize(values.len().next_multiple_of(4), 0.0);
-        self.gpu
-            .upload_floats(name, DType::F32, &[values.len() as u32], &values)
-    }
-
     fn embedding(&mut self, table: Tensor, vocab: u32, positions: &str) -> Result<Embedding> {
         let (d, n) = (self.spec.width, self.spec.max_positions);
         let (values, first_position, rows) = match self.spec.positions {
             Positions::Sinusoidal => {
-                self.weights.skip(positions);
+                self.reader.weights.skip(positions);
                 (sinusoidal(n, d), 0, n)
             }
-            Positions::Learned { first } => {
-                (self.take(positions, &[n + first, d])?, first, n + first)
-            }
+            Positions::Learned { first } => (
+                self.reader.take(positions, &[n + first, d])?,
+                first,
+                n + first,
+            ),
         };
         Ok(Embedding {
             table,
             vocab,
-            positions: self
-                .gpu
-                .upload_floats("positions", DType::F32, &[rows, d], &values)?,
+            positions: Some(self.reader.gpu.upload_floats(
+                "positions",
+                DType::F32,
+                &[rows, d],
+                &values,
+            )?),
             first_position,
             scale: self.spec.embed_scale,
         })
     }
 
-    /// Dense layers under one prefix as one, side by side: each `name`.weight `[n, k]` and `name`.bias `[n]`.
+    /// Dense layers under one prefix as one, side by side.
     fn linear(&mut self, prefix: &str, names: &[&str], n: u32, k: u32) -> Result<Linear> {
-        let mut matrices = Vec::new();
-        let mut bias = Vec::new();
-        for name in names {
-            matrices.push(self.take(&format!("{prefix}.{name}.weight"), &[n, k])?);
-            bias.extend(self.take(&format!("{prefix}.{name}.bias"), &[n])?);
-        }
-        let n_all = n * names.len() as u32;
-        bias.resize(bias.len().next_multiple_of(4), 0.0);
-        Ok(Linear {
-            weight: self.columns(prefix, &matrices, n, k)?,
-            bias: Some(
-                self.gpu
-                    .upload_floats(prefix, DType::F32, &[bias.len() as u32], &bias)?,
-            ),
-            n: n_all,
-        })
+        let layers = names.iter().map(|name| (format!("{prefix}.{name}"), n));
+        self.reader.linear(&layers.collect::<Vec<_>>(), k, true)
     }
 
     fn norm(&mut self, name: &str) -> Result<Norm> {
         let d = self.spec.width;
-        let gamma = self.take(&format!("{name}.weight"), &[d])?;
-        let beta = self.take(&format!("{name}.bias"), &[d])?;
         Ok(Norm {
-            gamma: self.gpu.upload_floats(name, DType::F32, &[d], &gamma)?,
-            beta: self.gpu.upload_floats(name, DType::F32, &[d], &beta)?,
+            gamma: self.reader.vector(&format!("{name}.weight"), d)?,
+            beta: Some(self.reader.vector(&format!("{name}.bias"), d)?),
             eps: self.spec.norm_eps,
         })
     }

@@ -5,9 +5,8 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{Names, Positions, Spec, Stack};
+use super::{Names, Positions, Spec, Stack, activation};
 use crate::layers::NormOrder;
-use crate::ops::Activation;
 use crate::{Error, Result};
 
 #[derive(Deserialize)]
@@ -47,19 +46,7 @@ fn yes() -> bool {
 /// The spec of a MarianMT config.
 pub(super) fn spec(path: &Path, json: &serde_json::Value) -> Result<Spec> {
     let config = Config::deserialize(json).map_err(|e| Error::file(path, e))?;
-    let activation = match config.activation_function.as_str() {
-        "relu" => Activation::Relu,
-        "gelu" => Activation::Gelu,
-        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
-        "swish" | "silu" => Activation::Silu,
-        other => {
-            return Err(Error::refused(
-                format!("activation_function in {}", path.display()),
-                other,
-                "relu, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, swish and silu are known",
-            ));
-        }
-    };
+    let activation = activation(path, "activation_function", &config.activation_function)?;
     let odd = [
         ("normalize_before", config.normalize_before),
         ("normalize_embedding", config.normalize_embedding),

@@ -1,11 +1,20 @@
-//! Encoder-decoder models from data: every way in which families differ is in [`Spec`].
+//! Models from data: every way in which encoder-decoder families differ is in [`Spec`], decoder-only ones in
+//! [`CausalSpec`].
 
+mod causal;
 mod files;
+mod llama;
 mod load;
 mod marian;
+mod reader;
+mod rope;
 mod weights;
 
+pub use causal::{CausalForward, CausalModel, CausalSpec, Chunk, Wanted};
 pub use files::Source;
+pub use rope::{Rope, RopeScaling, yarn_attention_factor};
+
+use std::path::Path;
 
 use crate::gpu::{DType, Gpu, Recorder, Tensor};
 use crate::layers::{Batch, DecoderLayer, EncoderLayer, NormOrder, Past, Stream};
@@ -147,6 +156,63 @@ pub struct Model {
     logits: Linear,
 }
 
+/// A model of either kind.
+pub enum AnyModel {
+    /// Reads a source, then writes a target.
+    EncoderDecoder(Box<Model>),
+    /// Goes on with a text.
+    Causal(Box<CausalModel>),
+}
+
+impl AnyModel {
+    /// Loads whatever the source's `config.json` says it is.
+    ///
+    /// # Errors
+    /// As [`Model::load`] and [`CausalModel::load`]; [`Error::Refused`] for a family that is not known.
+    pub fn load(
+        gpu: &Gpu,
+        source: &Source,
+        dtype: DType,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<AnyModel> {
+        let config = source.json("config.json")?;
+        let family = config.get("model_type").and_then(|family| family.as_str());
+        Ok(match family {
+            Some("marian") => {
+                AnyModel::EncoderDecoder(Box::new(Model::load(gpu, source, dtype, progress)?))
+            }
+            Some(family) if llama::FAMILIES.contains(&family) => {
+                AnyModel::Causal(Box::new(CausalModel::load(gpu, source, dtype, progress)?))
+            }
+            other => {
+                let path = source.path().join("config.json");
+                return Err(Error::refused(
+                    format!("model_type in {}", path.display()),
+                    other.unwrap_or("absent"),
+                    format!("marian and {} are known", llama::FAMILIES.join(", ")),
+                ));
+            }
+        })
+    }
+}
+
+/// The activation that a config calls `name`, under `key`.
+fn activation(path: &Path, key: &str, name: &str) -> Result<Activation> {
+    Ok(match name {
+        "relu" => Activation::Relu,
+        "gelu" => Activation::Gelu,
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
+        "swish" | "silu" => Activation::Silu,
+        other => {
+            return Err(Error::refused(
+                format!("{key} in {}", path.display()),
+                other,
+                "relu, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, swish and silu are known",
+            ));
+        }
+    })
+}
+
 /// A batch of token sequences in rows of one length. What stands behind a row's own tokens is computed
 /// like any other token, and never attended to by them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -173,6 +239,47 @@ impl Padded {
             lengths: rows.iter().map(|row| row.len() as u32).collect(),
             len: len as u32,
         }
+    }
+
+    /// Checked, and on the device: ids u32 `[B L]`, lengths u32 `[B]`. `what` names them in errors.
+    fn upload(
+        &self,
+        gpu: &Gpu,
+        what: &str,
+        vocab: u32,
+        positions: u32,
+    ) -> Result<(Tensor, Tensor)> {
+        let refuse =
+            |value: String, bound: String| Err(Error::refused(what.to_string(), value, bound));
+        if self.lengths.is_empty() || self.ids.len() != self.lengths.len() * self.len as usize {
+            let (n, rows, len) = (self.ids.len(), self.lengths.len(), self.len);
+            return refuse(
+                format!("{n} tokens in {rows} rows of {len}"),
+                "whole rows, one at least".into(),
+            );
+        }
+        if let Some(row) = self.lengths.iter().position(|&n| n == 0 || n > self.len) {
+            return refuse(
+                format!("{} tokens in row {row}", self.lengths[row]),
+                format!("1 to {}", self.len),
+            );
+        }
+        if self.len > positions {
+            return refuse(
+                format!("{} tokens long", self.len),
+                format!("the model has {positions} positions"),
+            );
+        }
+        if let Some(id) = self.ids.iter().find(|&&id| id >= vocab) {
+            return refuse(
+                format!("token {id}"),
+                format!("the vocabulary has {vocab} tokens"),
+            );
+        }
+        Ok((
+            gpu.upload_u32(what, &[self.ids.len() as u32], &self.ids)?,
+            gpu.upload_u32("lengths", &[self.lengths.len() as u32], &self.lengths)?,
+        ))
     }
 }
 
@@ -218,40 +325,8 @@ impl Model {
         self.dtype
     }
 
-    fn upload_batch(&self, what: &str, batch: &Padded, vocab: u32) -> Result<(Tensor, Tensor)> {
-        let refuse =
-            |value: String, bound: String| Err(Error::refused(what.to_string(), value, bound));
-        if batch.lengths.is_empty() || batch.ids.len() != batch.lengths.len() * batch.len as usize {
-            let (n, rows, len) = (batch.ids.len(), batch.lengths.len(), batch.len);
-            return refuse(
-                format!("{n} tokens in {rows} rows of {len}"),
-                "whole rows, one at least".into(),
-            );
-        }
-        if let Some(row) = batch.lengths.iter().position(|&n| n == 0 || n > batch.len) {
-            return refuse(
-                format!("{} tokens in row {row}", batch.lengths[row]),
-                format!("1 to {}", batch.len),
-            );
-        }
-        if batch.len > self.spec.max_positions {
-            return refuse(
-                format!("{} tokens long", batch.len),
-                format!("the model has {} positions", self.spec.max_positions),
-            );
-        }
-        if let Some(id) = batch.ids.iter().find(|&&id| id >= vocab) {
-            return refuse(
-                format!("token {id}"),
-                format!("the vocabulary has {vocab} tokens"),
-            );
-        }
-        Ok((
-            self.gpu
-                .upload_u32(what, &[batch.ids.len() as u32], &batch.ids)?,
-            self.gpu
-                .upload_u32("lengths", &[batch.lengths.len() as u32], &batch.lengths)?,
-        ))
+    fn upload(&self, what: &str, tokens: &Padded, vocab: u32) -> Result<(Tensor, Tensor)> {
+        tokens.upload(&self.gpu, what, vocab, self.spec.max_positions)
     }
 
     /// One encoder step: the whole of every source at once, and the keys and values that the decoder's
@@ -260,7 +335,7 @@ impl Model {
     /// # Errors
     /// [`Error::Refused`] for empty or too long sources and for ids outside the vocabulary.
     pub fn encode(&self, sources: &Padded, with_attentions: bool) -> Result<Memory> {
-        let (ids, lengths) = self.upload_batch("input_ids", sources, self.spec.source_vocab)?;
+        let (ids, lengths) = self.upload("input_ids", sources, self.spec.source_vocab)?;
         let (n, len) = (sources.lengths.len() as u32, sources.len);
         let heads = self.spec.encoder.heads;
         let mut recorder = Recorder::new(&self.gpu);
@@ -334,7 +409,7 @@ impl Model {
                 bound,
             ));
         }
-        let (ids, _) = self.upload_batch("decoder_input_ids", targets, self.spec.target_vocab)?;
+        let (ids, _) = self.upload("decoder_input_ids", targets, self.spec.target_vocab)?;
         let len = targets.len;
         let (n, heads) = (memory.sources, self.spec.decoder.heads);
         let mut recorder = Recorder::new(&self.gpu);

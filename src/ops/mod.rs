@@ -1,6 +1,10 @@
 //! What the stacks need around attention, each a launch or two: matrix products, norms, embedding, the
 //! cache's append and reorder, and the choice of the next token.
 
+mod append;
+
+pub use append::{Append, NOWHERE, Pairs, QkNorm, Rotary, Rows, append};
+
 use crate::gpu::{DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};
 
@@ -70,14 +74,17 @@ pub struct Linear {
 pub struct Epilogue<'a> {
     /// Applied to X W + bias.
     pub activation: Option<Activation>,
-    /// Added last. `[M, N]`
+    /// W's columns come in pairs, a gate and what it lets through (Shazeer 2020): the result is
+    /// activate(gate) times the other, `[M, N / 2]`.
+    pub gated: bool,
+    /// Added last. As the result
     pub residual: Option<&'a Tensor>,
 }
 
 /// How many rows make `matmul` the better kernel than `matvec`.
 const MANY_ROWS: u32 = 5;
 
-/// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`.
+/// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`, or `[M, N / 2]` where gated.
 pub fn matmul(
     recorder: &mut Recorder,
     x: &Tensor,
@@ -88,7 +95,14 @@ pub fn matmul(
     let (k, stride) = (linear.weight.shape[0], linear.weight.shape[1]);
     let m = check_u32("a matrix product's rows", x.len() / k as u64)?;
     check_u32("a matrix product's result", m as u64 * linear.n as u64)?;
-    let results = m as u64 * linear.n as u64;
+    if epilogue.gated && !linear.n.is_multiple_of(2) {
+        return Err(Error::refused(
+            "a gated matrix's columns",
+            linear.n,
+            "pairs",
+        ));
+    }
+    let results = m as u64 * linear.n as u64 / if epilogue.gated { 2 } else { 1 };
     holds(
         "the rows of a matrix product",
         x,
@@ -127,6 +141,7 @@ pub fn matmul(
         .with("ROWS", rows)
         .with("HAS_BIAS", linear.bias.is_some())
         .with("HAS_RESIDUAL", epilogue.residual.is_some())
+        .with("GATED", epilogue.gated)
         .with(
             "ACTIVATION",
             epilogue.activation.map_or("none", Activation::wgsl),
@@ -140,34 +155,69 @@ pub fn matmul(
     recorder.dispatch(&shader, [m, linear.n, k, stride], &bindings, groups)
 }
 
-/// A layer norm's weights. f32 `[d]`
+/// The weights of a layer norm, or of RMSNorm, which has no shift. f32 `[d]`
 #[derive(Clone, Debug)]
 pub struct Norm {
     /// The scale.
     pub gamma: Tensor,
-    /// The shift.
-    pub beta: Tensor,
+    /// The shift; without one the norm is RMSNorm, about zero.
+    pub beta: Option<Tensor>,
     /// Added to the variance.
     pub eps: f32,
 }
 
-/// Y = layer_norm(X), row by row. X, Y: `[R, d]`
+/// Y = norm(X), row by row. X, Y: `[R, d]`
 pub fn norm(recorder: &mut Recorder, x: &Tensor, norm: &Norm, y: &Tensor) -> Result<()> {
-    let width = norm.gamma.shape[0];
-    let rows = check_u32("a norm's input", x.len())? / width;
     holds("a norm's result", y, x.dtype, x.len())?;
+    record_norm(recorder, x, norm, None, y)
+}
+
+/// `Y[r] = norm(X[rows[r]])`: of those rows alone. X: `[R', d]`, rows: u32 `[R]`, Y: `[R, d]`
+pub fn norm_rows(
+    recorder: &mut Recorder,
+    x: &Tensor,
+    norm: &Norm,
+    rows: &Tensor,
+    y: &Tensor,
+) -> Result<()> {
+    let width = norm.gamma.shape[0] as u64;
+    holds("a norm's result", y, x.dtype, rows.len() * width)?;
+    holds("a norm's rows", rows, DType::U32, rows.len())?;
+    record_norm(recorder, x, norm, Some(rows), y)
+}
+
+fn record_norm(
+    recorder: &mut Recorder,
+    x: &Tensor,
+    norm: &Norm,
+    rows: Option<&Tensor>,
+    y: &Tensor,
+) -> Result<()> {
+    let width = norm.gamma.shape[0];
+    let x_rows = check_u32("a norm's input", x.len())? / width;
+    let y_rows = match rows {
+        Some(rows) => check_u32("a norm's result", rows.len() * width as u64)? / width,
+        None => x_rows,
+    };
+    if x_rows == 0 {
+        return Err(Error::refused("a norm's input", 0, "a row at least"));
+    }
     holds("a norm's gamma", &norm.gamma, DType::F32, width as u64)?;
-    holds("a norm's beta", &norm.beta, DType::F32, width as u64)?;
+    if let Some(beta) = &norm.beta {
+        holds("a norm's beta", beta, DType::F32, width as u64)?;
+    }
     let shader = Shader::new("norm")
         .with("F16", x.dtype == DType::F16)
-        .with("T", x.dtype.name());
-    let params = [rows, width, norm.eps.to_bits(), 0];
-    recorder.dispatch(
-        &shader,
-        params,
-        &[x, &norm.gamma, &norm.beta, y],
-        rows as u64,
-    )
+        .with("T", x.dtype.name())
+        .with("RMS", norm.beta.is_none())
+        .with("HAS_ROWS", rows.is_some());
+    let bindings: Vec<&Tensor> = [x, &norm.gamma, y]
+        .into_iter()
+        .chain(&norm.beta)
+        .chain(rows)
+        .collect();
+    let params = [y_rows, width, norm.eps.to_bits(), x_rows];
+    recorder.dispatch(&shader, params, &bindings, y_rows as u64)
 }
 
 /// Token embeddings and positions.
@@ -177,8 +227,8 @@ pub struct Embedding {
     pub table: Tensor,
     /// Rows of the table that are tokens.
     pub vocab: u32,
-    /// f32 `[P, d]`
-    pub positions: Tensor,
+    /// Added by position, where a model has such a table. f32 `[P, d]`
+    pub positions: Option<Tensor>,
     /// The row of `positions` that position 0 takes.
     pub first_position: u32,
     /// The table's factor.
@@ -193,7 +243,7 @@ pub enum Places<'a> {
     Lengths(&'a Tensor),
 }
 
-/// `X[r] = scale E[id] + positions[place]`. ids: u32 `[R]`, X: `[R, d]`
+/// `X[r] = scale E[id] + positions[place]`, the latter where there are any. ids: u32 `[R]`, X: `[R, d]`
 pub fn embed(
     recorder: &mut Recorder,
     ids: &Tensor,
@@ -219,13 +269,17 @@ pub fn embed(
         .with("F16", types.contains(&DType::F16))
         .with("T", x.dtype.name())
         .with("W_TYPE", embedding.table.dtype.name())
+        .with("HAS_POSITIONS", embedding.positions.is_some())
         .with("HAS_LENGTHS", matches!(places, Places::Lengths(_)));
-    let mut bindings = vec![ids, &embedding.table, &embedding.positions, x];
+    let mut bindings = vec![ids, &embedding.table, x];
+    bindings.extend(&embedding.positions);
     let row_len = match places {
         Places::Sequence(len) => len,
         Places::Lengths(lengths) => {
             holds("lengths", lengths, DType::U32, ids.len())?;
-            bindings.push(lengths);
+            if embedding.positions.is_some() {
+                bindings.push(lengths);
+            }
             1
         }
     };
@@ -236,69 +290,24 @@ pub fn embed(
         vocab: embedding.vocab,
         scale: embedding.scale,
         first_position: embedding.first_position,
-        n_positions: embedding.positions.shape[0],
+        n_positions: embedding
+            .positions
+            .as_ref()
+            .map_or(0, |table| table.shape[0]),
         row_len,
     };
     let elements = check_u32("a batch's embeddings", ids.len() * width as u64)? as u64;
     holds("a batch's embeddings", x, x.dtype, elements)?;
     holds("ids", ids, DType::U32, ids.len())?;
-    holds(
-        "positions",
-        &embedding.positions,
-        DType::F32,
-        width as u64 * embedding.positions.shape[0] as u64,
-    )?;
+    if let Some(positions) = &embedding.positions {
+        let elements = width as u64 * params.n_positions as u64;
+        holds("positions", positions, DType::F32, elements)?;
+    }
     if embedding.vocab == 0 || embedding.vocab > params.vocab_stride {
         let bound = format!("1 to {}", params.vocab_stride);
         return Err(Error::refused("a vocabulary", embedding.vocab, bound));
     }
     recorder.dispatch(&shader, params, &bindings, elements.div_ceil(THREADS))
-}
-
-/// Writes this step's keys and values behind what the cache holds: position `lengths[r] - 1` of row r.
-/// qkv: `[R, (H + 2 Hk) D]` with the keys at column `k_column`, the values behind them; caches: `[R, Hk, L, D]`
-pub fn append(
-    recorder: &mut Recorder,
-    qkv: &Tensor,
-    k_column: u32,
-    lengths: &Tensor,
-    k_cache: &Tensor,
-    v_cache: &Tensor,
-) -> Result<()> {
-    let &[rows, kv_heads, capacity, head_dim] = k_cache.shape.as_slice() else {
-        return Err(Error::refused(
-            "a cache",
-            format_args!("{:?}", k_cache.shape),
-            "four extents",
-        ));
-    };
-    let width = kv_heads * head_dim;
-    holds("the keys' cache", k_cache, qkv.dtype, k_cache.len())?;
-    holds("the values' cache", v_cache, qkv.dtype, k_cache.len())?;
-    holds("lengths", lengths, DType::U32, rows as u64)?;
-    let columns = k_column as u64 + 2 * width as u64;
-    holds(
-        "a step's keys and values",
-        qkv,
-        qkv.dtype,
-        rows as u64 * columns,
-    )?;
-    let shader = Shader::new("append")
-        .with("F16", qkv.dtype == DType::F16)
-        .with("T", qkv.dtype.name());
-    let stride = (qkv.len() / rows as u64) as u32;
-    let params = [
-        rows,
-        kv_heads,
-        head_dim,
-        capacity,
-        stride,
-        k_column,
-        k_column + width,
-        0,
-    ];
-    let groups = (rows as u64 * width as u64).div_ceil(THREADS);
-    recorder.dispatch(&shader, params, &[qkv, lengths, k_cache, v_cache], groups)
 }
 
 /// Beams take over their parents' histories: permutes `rows` and enters each row at its own position.

@@ -8,17 +8,21 @@
 //! - [`attention`] is the operator with every option, and its weights and scores; [`attention_eager`] the same
 //!   as PyTorch computes it in a 16-bit type.
 //! - [`linear`], [`layer_norm`], [`Activation`], [`softmax`], [`top_k`], ... stand around it.
-//! - [`Stack`] is an encoder-decoder made of them, described by plain data.
+//! - [`Stack`] is an encoder-decoder made of them, [`CausalStack`] a decoder alone, both plain data.
 //!
 //! Feed it what the device sees: inputs already rounded to the storage type.
 
 mod attention;
+mod causal;
 mod eager;
+mod rope;
 mod rows;
 mod stack;
 
 pub use attention::{Attention, AttentionOut, Offset, attention, expand};
+pub use causal::{CausalLayer, CausalStack};
 pub use eager::attention_eager;
+pub use rope::{Rope, RopeScaling, rope_frequencies, yarn_attention_factor};
 pub use rows::{
     Activation, erf, erfc, layer_norm, linear, log_softmax, rms_norm, sinusoids, softmax, top_k,
 };

@@ -1,0 +1,541 @@
+//! The kernels of decoder-only stacks, one by one, beside the oracle.
+
+use qkv::gpu::{DType, Recorder, Tensor};
+use qkv::model::{Rope, RopeScaling};
+use qkv::ops::{
+    self, Activation, Append, Epilogue, Linear, NOWHERE, Norm, Pairs, QkNorm, Rotary, Rows,
+};
+use qkv::reference::{self, rms_norm, rope_frequencies};
+
+use crate::compare::{FINITE_32, compare_rows, round_to, tolerance};
+use crate::grid::Random;
+use crate::maker::rope_of;
+use crate::{gpu, singles};
+
+fn floats() -> Vec<DType> {
+    match gpu().caps().f16 {
+        true => vec![DType::F32, DType::F16],
+        false => vec![DType::F32],
+    }
+}
+
+/// Numbers in -1 .. 1 as they are stored.
+fn noise(seed: u64, n: usize, dtype: DType) -> Vec<f64> {
+    let mut random = Random::new(seed);
+    (0..n)
+        .map(|_| round_to(dtype.name(), random.float()))
+        .collect()
+}
+
+fn upload(values: &[f64], dtype: DType, shape: &[u32]) -> Tensor {
+    gpu()
+        .upload_floats("test", dtype, shape, &singles(values))
+        .unwrap()
+}
+
+fn run(record: impl FnOnce(&mut Recorder)) {
+    let mut recorder = Recorder::new(gpu());
+    record(&mut recorder);
+    gpu().run(&recorder.finish().unwrap()).unwrap();
+}
+
+#[test]
+fn rms_norms_of_all_rows_and_of_some_equal_the_oracle() {
+    for dtype in floats() {
+        for width in [1usize, 5, 64, 130] {
+            let x = noise(1, 4 * width, dtype);
+            let gamma = noise(2, width, DType::F32);
+            let d = width as u32;
+            let norm = Norm {
+                gamma: upload(&gamma, DType::F32, &[d]),
+                beta: None,
+                eps: 1e-3,
+            };
+            let eps = f64::from(norm.eps);
+            let input = upload(&x, dtype, &[4, d]);
+            let all = gpu().empty("all", dtype, &[4, d]).unwrap();
+            let some = gpu().empty("some", dtype, &[3, d]).unwrap();
+            let rows = gpu().upload_u32("rows", &[3], &[3, 0, 3]).unwrap();
+            run(|recorder| {
+                ops::norm(recorder, &input, &norm, &all).unwrap();
+                ops::norm_rows(recorder, &input, &norm, &rows, &some).unwrap();
+            });
+            let want = rms_norm(&x, &gamma, eps);
+            let picked: Vec<f64> = [3, 0, 3]
+                .iter()
+                .flat_map(|row| want[row * width..][..width].to_vec())
+                .collect();
+            let tol = tolerance(dtype.name(), width);
+            for (tensor, want) in [(&all, &want), (&some, &picked)] {
+                let got = gpu().read_floats(tensor).unwrap();
+                compare_rows("rms norm", &got, want, width, tol).unwrap();
+                let other = rms_norm(&x, &gamma, 0.01);
+                assert!(compare_rows("another eps", &got, &other, width, tol).is_err());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_norm_about_the_mean_of_some_rows_equals_the_oracle() {
+    let (x, gamma, beta) = (
+        noise(1, 21, DType::F32),
+        noise(2, 7, DType::F32),
+        noise(3, 7, DType::F32),
+    );
+    let norm = Norm {
+        gamma: upload(&gamma, DType::F32, &[7]),
+        beta: Some(upload(&beta, DType::F32, &[7])),
+        eps: 1e-5,
+    };
+    let input = upload(&x, DType::F32, &[3, 7]);
+    let rows = gpu().upload_u32("rows", &[1], &[2]).unwrap();
+    let y = gpu().empty("y", DType::F32, &[1, 7]).unwrap();
+    run(|recorder| ops::norm_rows(recorder, &input, &norm, &rows, &y).unwrap());
+    let want = reference::layer_norm(&x[14..], &gamma, &beta, f64::from(norm.eps));
+    let got = gpu().read_floats(&y).unwrap();
+    compare_rows("layer norm", &got, &want, 7, tolerance("f32", 7)).unwrap();
+}
+
+#[test]
+fn gated_products_equal_the_oracle() {
+    let mut runs = 0;
+    for dtype in floats() {
+        for (m, pairs, k) in [
+            (1usize, 1usize, 5usize),
+            (1, 33, 8),
+            (3, 7, 64),
+            (5, 2, 9),
+            (40, 37, 12),
+        ] {
+            for (ix, activation) in [Activation::Silu, Activation::Gelu].into_iter().enumerate() {
+                for has_bias in [false, true] {
+                    for has_residual in [false, true] {
+                        gated(
+                            [m, pairs, k],
+                            dtype,
+                            activation,
+                            [has_bias, has_residual],
+                            ix,
+                        );
+                        runs += 1;
+                    }
+                }
+            }
+        }
+    }
+    println!("{runs} products");
+}
+
+fn gated(
+    [m, pairs, k]: [usize; 3],
+    dtype: DType,
+    activation: Activation,
+    [has_bias, has_residual]: [bool; 2],
+    ix: usize,
+) {
+    let n = 2 * pairs;
+    let x = noise(1, m * k, dtype);
+    let weight = noise(2, n * k, dtype);
+    let bias = noise(3, n, DType::F32);
+    let residual = noise(4, m * pairs, dtype);
+    // W [N, K] as products read it: [K, N], rows padded to fours.
+    let stride = n.next_multiple_of(4);
+    let mut columns = vec![0.0; k * stride];
+    for row in 0..n {
+        for column in 0..k {
+            columns[column * stride + row] = weight[row * k + column];
+        }
+    }
+    let mut padded = bias.clone();
+    padded.resize(stride, 0.0);
+    let linear = Linear {
+        weight: upload(&columns, dtype, &[k as u32, stride as u32]),
+        bias: has_bias.then(|| upload(&padded, DType::F32, &[stride as u32])),
+        n: n as u32,
+    };
+    let input = upload(&x, dtype, &[m as u32, k as u32]);
+    let added = upload(&residual, dtype, &[m as u32, pairs as u32]);
+    // A row more than there is, of canaries.
+    let frame = vec![f64::from(f32::from_bits(FINITE_32.0)).min(7.0); (m + 1) * pairs];
+    let y = upload(&frame, DType::F32, &[m as u32 + 1, pairs as u32]);
+    run(|recorder| {
+        let epilogue = Epilogue {
+            activation: Some(activation),
+            gated: true,
+            residual: has_residual.then_some(&added),
+        };
+        ops::matmul(recorder, &input, &linear, &y, epilogue).unwrap();
+    });
+    let oracle = [reference::Activation::Silu, reference::Activation::Gelu][ix];
+    let product = reference::linear(&x, k, &weight, has_bias.then_some(&bias[..]));
+    let want: Vec<f64> = product
+        .chunks(2)
+        .enumerate()
+        .map(|(at, pair)| {
+            oracle.at(pair[0]) * pair[1] + if has_residual { residual[at] } else { 0.0 }
+        })
+        .collect();
+    let got = gpu().read_floats(&y).unwrap();
+    let (got, behind) = got.split_at(m * pairs);
+    // Erf's rational form is good to 1.5e-7 of one, and values are near one.
+    compare_rows(
+        "gated product",
+        got,
+        &want,
+        pairs,
+        tolerance("f32", k).times(2.0),
+    )
+    .unwrap();
+    assert!(
+        behind.iter().all(|&x| f64::from(x) == frame[0]),
+        "written past the end"
+    );
+}
+
+/// One append: heads, types, how columns turn, whether queries and keys have a norm.
+struct Case {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    types: [DType; 3],
+    rope: Option<Rope>,
+    norm: bool,
+    places: bool,
+}
+
+/// Sequence and position of each row of a step; the third is padding, the fifth past the cache's end.
+const PLACES: [[u32; 2]; 6] = [[1, 4], [0, 0], [0, NOWHERE], [1, 5], [0, 8], [2, 7]];
+const CAPACITY: usize = 8;
+
+/// Runs a case; what is wrong with it, or the worst ratio of error to tolerance.
+fn append(case: &Case, spoil: bool) -> Result<f64, String> {
+    let Case {
+        heads,
+        kv_heads,
+        dim,
+        types: [t, k_type, v_type],
+        ..
+    } = *case;
+    let places: Vec<[u32; 2]> = match case.places {
+        true => PLACES.to_vec(),
+        false => vec![[0, 3], [1, 0], [2, 7]],
+    };
+    let rows = places.len();
+    let all = heads + 2 * kv_heads;
+    let x = noise(1, rows * all * dim, t);
+    let gamma = noise(2, 2 * dim, DType::F32);
+    let cells = 3 * kv_heads * CAPACITY * dim;
+    let shape = [3, kv_heads as u32, CAPACITY as u32, dim as u32];
+    let canary = 7.0;
+    let caches = [k_type, v_type].map(|dtype| upload(&vec![canary; cells], dtype, &shape));
+    let qkv = upload(&x, t, &[rows as u32, (all * dim) as u32]);
+    let q = gpu()
+        .empty("q", t, &[rows as u32, (heads * dim) as u32])
+        .unwrap();
+    let flat: Vec<u32> = places.concat();
+    let lengths: Vec<u32> = places
+        .iter()
+        .map(|place| place[1].wrapping_add(1))
+        .collect();
+    let table = match case.places {
+        true => gpu().upload_u32("places", &[rows as u32, 2], &flat),
+        false => gpu().upload_u32("lengths", &[rows as u32], &lengths),
+    };
+    let table = table.unwrap();
+    let norm = case.norm.then(|| QkNorm {
+        gamma: upload(&gamma, DType::F32, &[2, dim as u32]),
+        eps: 1e-4,
+    });
+    let rotary: Option<Rotary> = case
+        .rope
+        .as_ref()
+        .map(|rope| rope.rotary(gpu(), 0).unwrap());
+    let step = Append {
+        qkv: &qkv,
+        heads: heads as u32,
+        rows: match case.places {
+            true => Rows::Places(&table),
+            false => Rows::Lengths(&table),
+        },
+        k_cache: &caches[0],
+        v_cache: &caches[1],
+        qk_norm: norm.as_ref(),
+        rotary: rotary.as_ref(),
+        q: (norm.is_some() || rotary.is_some()).then_some(&q),
+    };
+    run(|recorder| ops::append(recorder, &step).unwrap());
+
+    let rope = case.rope.as_ref().map(|rope| rope_of(rope, 0));
+    let (mut want_k, mut want_v) = (vec![canary; cells], vec![canary; cells]);
+    let mut want_q = Vec::new();
+    for (row, &[sequence, position]) in places.iter().enumerate() {
+        for head in 0..all {
+            let mut y = x[(row * all + head) * dim..][..dim].to_vec();
+            let is_value = head >= heads + kv_heads;
+            if case.norm && !is_value {
+                let from = if head < heads { 0 } else { dim };
+                y = rms_norm(&y, &gamma[from..][..dim], f64::from(1e-4f32));
+            }
+            if let Some(rope) = rope.as_ref().filter(|_| !is_value) {
+                rope.turn(&mut y, position as usize + usize::from(spoil));
+            }
+            if head < heads {
+                // Padding is turned by no known angle.
+                let known = position != NOWHERE;
+                want_q.extend(if known { y } else { vec![f64::NAN; dim] });
+            } else if (position as usize) < CAPACITY {
+                let (kv_head, want) = match is_value {
+                    true => (head - heads - kv_heads, &mut want_v),
+                    false => (head - heads, &mut want_k),
+                };
+                let at = (sequence as usize * kv_heads + kv_head) * CAPACITY + position as usize;
+                want[at * dim..][..dim].copy_from_slice(&y);
+            }
+        }
+    }
+    let mut worst = 0f64;
+    for (name, cache, want, dtype) in [
+        ("keys", &caches[0], &want_k, k_type),
+        ("values", &caches[1], &want_v, v_type),
+    ] {
+        let got = gpu().read_floats(cache).unwrap();
+        let tol = tolerance(dtype.name(), dim);
+        worst = worst.max(compare_rows(name, &got, want, dim, tol)?);
+    }
+    if step.q.is_some() {
+        let got = gpu().read_floats(&q).unwrap();
+        let width = heads * dim;
+        for (got, want) in got.chunks(width).zip(want_q.chunks(width)) {
+            match want[0].is_nan() {
+                true => assert!(got.iter().all(|x| x.is_finite())),
+                false => {
+                    let tol = tolerance(t.name(), dim);
+                    worst = worst.max(compare_rows("queries", got, want, dim, tol)?);
+                }
+            }
+        }
+    }
+    Ok(worst)
+}
+
+fn rope(base: f64, columns: usize, pairs: Pairs) -> Option<Rope> {
+    Some(Rope {
+        base,
+        columns: columns as u32,
+        pairs,
+        scaling: RopeScaling::Yarn {
+            factor: 2.0,
+            original: 32,
+            beta_fast: 4.0,
+            beta_slow: 1.0,
+            truncate: false,
+            attention_factor: 1.1,
+        },
+    })
+}
+
+#[test]
+fn every_kind_of_append_equals_the_oracle() {
+    let (mut runs, mut worst) = (0, 0f64);
+    let f16 = gpu().caps().f16;
+    for (heads, kv_heads, dim) in [(1, 1, 2), (6, 2, 8), (3, 3, 34), (4, 1, 70), (2, 1, 576)] {
+        for types in [
+            [DType::F32, DType::F32, DType::F32],
+            [DType::F16, DType::F16, DType::F16],
+            [DType::F32, DType::F16, DType::BF16],
+            [DType::F16, DType::BF16, DType::F32],
+        ] {
+            if types.contains(&DType::F16) && !f16 {
+                continue;
+            }
+            for turn in [
+                None,
+                rope(100.0, dim, Pairs::Halves),
+                rope(100.0, dim, Pairs::Neighbours),
+                rope(7.0, dim.div_ceil(4) * 2, Pairs::Halves),
+                rope(7.0, dim.div_ceil(4) * 2, Pairs::Neighbours),
+            ] {
+                for norm in [false, true] {
+                    for places in [false, true] {
+                        let case = Case {
+                            heads,
+                            kv_heads,
+                            dim,
+                            types,
+                            rope: turn.clone(),
+                            norm,
+                            places,
+                        };
+                        let what =
+                            format!("{heads} {kv_heads} {dim} {types:?} {turn:?} {norm} {places}");
+                        let ratio = append(&case, false).unwrap_or_else(|e| panic!("{what}: {e}"));
+                        worst = worst.max(ratio);
+                        runs += 1;
+                        if turn.is_some() {
+                            assert!(append(&case, true).is_err(), "{what}: another position");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    println!("{runs} appends, {worst:.3} of the tolerance");
+    assert!(runs >= 100, "{runs}");
+}
+
+#[test]
+fn angles_are_exact_at_any_position() {
+    // One head of ones and zeros gives the sines and cosines themselves.
+    let positions: Vec<u32> = (0..20)
+        .chain((0..40).map(|n| n * 26_113 + 5))
+        .chain([1 << 19, (1 << 20) - 1])
+        .collect();
+    let dim = 64;
+    let rope = Rope {
+        base: 1e6,
+        columns: dim,
+        pairs: Pairs::Halves,
+        scaling: RopeScaling::None,
+    };
+    let rows = positions.len();
+    let mut x = vec![0.0; rows * 3 * dim as usize];
+    for row in x.chunks_mut(3 * dim as usize) {
+        row[..dim as usize / 2].fill(1.0);
+    }
+    let qkv = upload(&x, DType::F32, &[rows as u32, 3 * dim]);
+    let places: Vec<u32> = positions.iter().flat_map(|&p| [0, p]).collect();
+    let places = gpu()
+        .upload_u32("places", &[rows as u32, 2], &places)
+        .unwrap();
+    let cache = |name| gpu().empty(name, DType::F32, &[1, 1, 1, dim]).unwrap();
+    let (k, v) = (cache("k"), cache("v"));
+    let q = gpu().empty("q", DType::F32, &[rows as u32, dim]).unwrap();
+    let rotary = rope.rotary(gpu(), 0).unwrap();
+    let step = Append {
+        qkv: &qkv,
+        heads: 1,
+        rows: Rows::Places(&places),
+        k_cache: &k,
+        v_cache: &v,
+        qk_norm: None,
+        rotary: Some(&rotary),
+        q: Some(&q),
+    };
+    run(|recorder| ops::append(recorder, &step).unwrap());
+    let got = gpu().read_floats(&q).unwrap();
+    let mut worst = 0f64;
+    let frequencies = rope_frequencies(dim as usize, 1e6, reference::RopeScaling::None);
+    for (row, &position) in got.chunks(dim as usize).zip(&positions) {
+        for (pair, frequency) in frequencies.iter().enumerate() {
+            let (sine, cosine) = (f64::from(position) * frequency).sin_cos();
+            let error = (f64::from(row[pair]) - cosine).abs();
+            worst = worst.max(error.max((f64::from(row[pair + 32]) - sine).abs()));
+        }
+    }
+    println!("worst error of a sine or cosine: {worst:.1e}");
+    assert!(worst < 3e-7, "{worst}");
+}
+
+#[test]
+fn appends_that_do_not_fit_are_refused() {
+    let make = |dtype, shape: &[u32]| gpu().empty("test", dtype, shape).unwrap();
+    let f32 = DType::F32;
+    let (qkv, q) = (make(f32, &[2, 24]), make(f32, &[2, 12]));
+    let (k, lengths) = (make(f32, &[2, 1, 5, 6]), make(DType::U32, &[2]));
+    let v = make(f32, &[2, 1, 5, 6]);
+    let rotary = rope(10.0, 6, Pairs::Halves)
+        .unwrap()
+        .rotary(gpu(), 0)
+        .unwrap();
+    let good = Append {
+        qkv: &qkv,
+        heads: 2,
+        rows: Rows::Lengths(&lengths),
+        k_cache: &k,
+        v_cache: &v,
+        qk_norm: None,
+        rotary: Some(&rotary),
+        q: Some(&q),
+    };
+    let said =
+        |step: &Append| ops::append(&mut Recorder::new(gpu()), step).map_err(|e| e.to_string());
+    said(&good).unwrap();
+    let (short, few) = (make(f32, &[1, 1, 5, 6]), make(DType::U32, &[1]));
+    let odd = make(DType::BF16, &[2, 1, 5, 5]);
+    let wide = Rotary {
+        turns: make(DType::U32, &[4, 2]),
+        ..rotary.clone()
+    };
+    let (flat, few_queries) = (make(f32, &[60]), make(f32, &[1, 12]));
+    for (bad, word) in [
+        (Append { q: None, ..good }, "queries"),
+        (
+            Append {
+                rotary: None,
+                ..good
+            },
+            "queries",
+        ),
+        (
+            Append {
+                q: Some(&few_queries),
+                ..good
+            },
+            "queries",
+        ),
+        (
+            Append {
+                v_cache: &short,
+                ..good
+            },
+            "values' cache",
+        ),
+        (
+            Append {
+                k_cache: &flat,
+                ..good
+            },
+            "four extents",
+        ),
+        (
+            Append {
+                k_cache: &odd,
+                v_cache: &odd,
+                ..good
+            },
+            "bf16 of even heads",
+        ),
+        (
+            Append {
+                rows: Rows::Lengths(&few),
+                ..good
+            },
+            "lengths",
+        ),
+        (
+            Append {
+                rows: Rows::Places(&lengths),
+                ..good
+            },
+            "places",
+        ),
+        (
+            Append {
+                rotary: Some(&wide),
+                ..good
+            },
+            "rotary columns",
+        ),
+        (
+            Append {
+                k_cache: &lengths,
+                ..good
+            },
+            "four extents",
+        ),
+    ] {
+        let said = said(&bad).expect_err(word);
+        assert!(said.contains(word), "{said}");
+    }
+}
