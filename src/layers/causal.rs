@@ -163,6 +163,7 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
             },
             k_cache: k,
             v_cache: v,
+            pages: None,
             qk_norm: layer.qk_norm.as_ref(),
             rotary: Some(self.rotary),
             q: Some(&self.q),

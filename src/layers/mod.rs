@@ -285,6 +285,7 @@ impl<'r, 'g> Stream<'r, 'g> {
             rows: Rows::Lengths(&cache.lengths),
             k_cache: k,
             v_cache: v,
+            pages: None,
             qk_norm: None,
             rotary: None,
             q: None,

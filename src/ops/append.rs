@@ -1,6 +1,7 @@
 //! What a step adds to the cache, and its queries made ready.
 
 use super::holds;
+use crate::gpu::blocks::BLOCK;
 use crate::gpu::{DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};
 
@@ -58,10 +59,12 @@ pub struct Append<'a> {
     pub heads: u32,
     /// Where the rows belong.
     pub rows: Rows<'a>,
-    /// Keys. `[S, Hk, L, D]`
+    /// Keys. `[S, Hk, L, D]`; with `pages` a pool `[N, Hk, page, D]`
     pub k_cache: &'a Tensor,
-    /// Values. `[S, Hk, L, D]`
+    /// Values. `[S, Hk, L, D]`, or `[N, Hk, page, D]`
     pub v_cache: &'a Tensor,
+    /// The page that holds each stretch of a sequence; one that is not in the pool takes nothing. u32 `[S, M]`
+    pub pages: Option<&'a Tensor>,
     /// Of queries and keys.
     pub qk_norm: Option<&'a QkNorm>,
     /// Of queries and keys.
@@ -70,8 +73,8 @@ pub struct Append<'a> {
     pub q: Option<&'a Tensor>,
 }
 
-/// Writes a step's keys and values to their places in the cache, each in the cache's own type, f32, f16 or
-/// bf16 (of even D), and the queries beside. Rows without a place, or past the cache's end, write none.
+/// Writes a step's keys and values to their places in the cache, each in the cache's own type, f32, f16,
+/// bf16 (of even D), q8_0 or q4_0 (of whole blocks of 32), and the queries beside. Rows without a place, or past the cache's end, write none.
 ///
 /// # Errors
 /// [`Error::Refused`] for tensors that do not hold what is said of them.
@@ -88,12 +91,23 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
         rotary: u32,
         attention_factor: f32,
         eps: f32,
-        pad: [u32; 3],
+        pool: u32,
+        pad: [u32; 2],
     }
     let Append { qkv, heads, .. } = *step;
-    let &[sequences, kv_heads, capacity, head_dim] = step.k_cache.shape.as_slice() else {
+    let &[blocks, kv_heads, block_len, head_dim] = step.k_cache.shape.as_slice() else {
         let shape = format!("{:?}", step.k_cache.shape);
         return Err(Error::refused("a cache", shape, "four extents"));
+    };
+    let [sequences, capacity] = match step.pages.map(|pages| pages.shape.as_slice()) {
+        None => [blocks, block_len],
+        Some(&[sequences, n]) if block_len > 0 && block_len.checked_mul(n).is_some() => {
+            [sequences, block_len * n]
+        }
+        Some(shape) => {
+            let bound = format!("[S, M] of pages of {block_len}, at most 2^32 positions");
+            return Err(Error::refused("pages", format_args!("{shape:?}"), bound));
+        }
     };
     let all = heads as u64 + 2 * kv_heads as u64;
     if all * head_dim as u64 == 0 || head_dim > MAX_HEAD_DIM {
@@ -116,11 +130,19 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
         let fits = match cache.dtype {
             DType::F32 | DType::F16 => true,
             DType::BF16 => head_dim.is_multiple_of(2),
+            DType::Q8_0 | DType::Q4_0 => {
+                head_dim.is_multiple_of(BLOCK as u32) && cache.shape.last() == Some(&head_dim)
+            }
             _ => false,
         };
         if !fits {
-            let is = format!("{:?} with heads of {head_dim}", cache.dtype);
-            return Err(Error::refused(what, is, "f32, f16, or bf16 of even heads"));
+            let is = format!(
+                "{:?} {:?} with heads of {head_dim}",
+                cache.dtype, cache.shape
+            );
+            let bound =
+                "f32, f16, bf16 of even heads, or q8_0 or q4_0 of heads of whole blocks of 32";
+            return Err(Error::refused(what, is, bound));
         }
     }
     let places = match step.rows {
@@ -166,6 +188,10 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
         holds(what, &norm.gamma, DType::F32, 2 * head_dim as u64)?;
         bindings.push(&norm.gamma);
     }
+    if let Some(pages) = step.pages {
+        holds("pages", pages, DType::U32, pages.len())?;
+        bindings.push(pages);
+    }
     let types = [qkv, step.k_cache, step.v_cache].map(|tensor| tensor.dtype);
     let shader = Shader::new("append")
         .with("F16", types.contains(&DType::F16))
@@ -182,6 +208,7 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
                 Some(Pairs::Neighbours) => "neighbours",
             },
         )
+        .with("PAGE", if step.pages.is_some() { block_len } else { 0 })
         .with("HEAD_DIM", head_dim);
     let first = if makes_queries { 0 } else { heads };
     let params = Params {
@@ -194,7 +221,8 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
         rotary,
         attention_factor: step.rotary.map_or(1.0, |turning| turning.attention_factor),
         eps: step.qk_norm.map_or(0.0, |norm| norm.eps),
-        pad: [0; 3],
+        pool: blocks,
+        pad: [0; 2],
     };
     let groups = rows as u64 * (all - first as u64);
     recorder.dispatch(&shader, params, &bindings, groups)
