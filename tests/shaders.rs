@@ -11,8 +11,8 @@ use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, p
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
 
 /// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 9793;
-const TEXTS: usize = 6693;
+const VARIANTS: usize = 10778;
+const TEXTS: usize = 7678;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -289,13 +289,14 @@ fn other_variants() -> Vec<Shader> {
                 );
             }
         }
-        for [k, v] in TYPES
-            .iter()
-            .flat_map(|k| TYPES.map(|v| [k.name(), v.name()]))
-        {
+        let stored = ["f32", "f16", "bf16", "q8_0", "q4_0"];
+        for [k, v] in stored.iter().flat_map(|&k| stored.map(|v| [k, v])) {
             for has_places in BOTH {
                 for qk_norm in BOTH {
-                    for rotary in ["none", "halves", "neighbours"] {
+                    for (rotary, page) in ["none", "halves", "neighbours"]
+                        .into_iter()
+                        .flat_map(|rotary| [0u32, 5].map(|page| (rotary, page)))
+                    {
                         all.push(
                             Shader::new("append")
                                 .with("F16", [t, k, v].contains(&"f16"))
@@ -305,7 +306,8 @@ fn other_variants() -> Vec<Shader> {
                                 .with("HAS_PLACES", has_places)
                                 .with("QK_NORM", qk_norm)
                                 .with("ROTARY", rotary)
-                                .with("HEAD_DIM", 64u32),
+                                .with("PAGE", page)
+                                .with("HEAD_DIM", 96u32),
                         );
                     }
                 }
@@ -332,6 +334,7 @@ fn other_variants() -> Vec<Shader> {
             all.push(shader.with("RENORMALIZE", renormalize));
         }
     }
+    all.push(Shader::new("copy_page"));
     for beams in [2u32, 4, 32] {
         all.push(Shader::new("reorder").with("BEAMS", beams));
     }
@@ -345,7 +348,7 @@ fn params_bytes(kernel: &str) -> u32 {
         | "decode_lanes" | "merge" | "block_map" => 240,
         "append" => 48,
         "embed" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" => 16,
+        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" | "copy_page" => 16,
         other => panic!("{other} is not in the list"),
     }
 }

@@ -1,4 +1,10 @@
-//! The KV cache of a decoder's self-attention: one block a sequence.
+//! The KV cache of a decoder's self-attention: one block a sequence, or pages that sequences share.
+
+mod book;
+mod paged;
+
+pub use book::{Keep, SequenceId};
+pub use paged::{PagedCache, PagedExtents, Tables};
 
 use crate::Result;
 use crate::gpu::{DType, Gpu, Tensor};

@@ -420,16 +420,25 @@ impl Gpu {
     /// [`Error::Refused`] for more bytes than the tensor has, and for a number of them that is not whole
     /// fours.
     pub fn write(&self, tensor: &Tensor, bytes: &[u8]) -> Result<()> {
+        self.write_at(tensor, 0, bytes)
+    }
+
+    /// [`Gpu::write`] from byte `at` of the tensor on.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for bytes past the tensor's end, and for a place or a number of them that is not
+    /// whole fours.
+    pub fn write_at(&self, tensor: &Tensor, at: u64, bytes: &[u8]) -> Result<()> {
         let (n, most) = (bytes.len() as u64, tensor.bytes());
-        if n > most || !n.is_multiple_of(4) {
-            let bound = format!("at most {most}, in whole fours");
+        if at.saturating_add(n) > most || !n.is_multiple_of(4) || !at.is_multiple_of(4) {
+            let bound = format!("within {most}, in whole fours");
             return Err(Error::refused(
                 "what is written",
-                format_args!("{n} bytes"),
+                format_args!("{n} bytes at {at}"),
                 bound,
             ));
         }
-        self.0.queue.write_buffer(tensor.buffer(), 0, bytes);
+        self.0.queue.write_buffer(tensor.buffer(), at, bytes);
         Ok(())
     }
 

@@ -72,6 +72,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "block_map",
     "choose",
     "combine",
+    "copy_page",
     "decode",
     "decode_lanes",
     "embed",
