@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use compare::tolerance;
 use proptest::prelude::*;
 use qkv::Error;
-use qkv::attention::{self, Options, Route, View};
+use qkv::attention::{self, Options, Route, Tensors, View};
 use qkv::cache::{Keep, PagedCache, PagedExtents, SequenceId};
 use qkv::gpu::{DType, Gpu, Recorder, Tensor};
 use qkv::ops::{self, Append, Rows};
@@ -139,7 +139,9 @@ impl Both {
     fn start(&mut self, tokens: &[u32], keep: Keep) -> bool {
         let id = self.cache.start(tokens, keep);
         let has = self.cache.len(id).unwrap() as usize;
-        assert!(has < tokens.len().max(1) && has % self.cache.extents().page_len as usize == 0);
+        assert!(
+            has < tokens.len().max(1) && has.is_multiple_of(self.cache.extents().page_len as usize)
+        );
         self.sequences.push((id, tokens[..has].to_vec(), keep));
         self.append(self.sequences.len() - 1, &tokens[has..])
     }
@@ -180,11 +182,13 @@ impl Both {
         let run = |layer: usize, route: Route| -> Vec<f32> {
             let out: Tensor = gpu().empty("out", DType::F32, &shape).unwrap();
             let view = |tensor| View::bhld(tensor).unwrap();
-            let mut tensors = self
-                .cache
-                .tensors(layer, &tables, view(&q), view(&out))
-                .unwrap();
-            tensors.prefix_len = Some(&prefix);
+            let [k, v] = self.cache.layer(layer);
+            let tensors = Tensors {
+                pages: Some(&tables.pages),
+                kv_len: Some(&tables.lengths),
+                prefix_len: Some(&prefix),
+                ..Tensors::new(view(&q), view(k), view(v), view(&out))
+            };
             let options = Options {
                 causal: true,
                 window: [window.map(|n| n - 1), None],

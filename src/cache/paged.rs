@@ -7,7 +7,6 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::book::{Book, Keep, NO_PAGE, SequenceId, unseen};
-use crate::attention::{Tensors, View};
 use crate::gpu::{DType, Gpu, Recorder, Shader, Tensor};
 use crate::{Error, Result};
 
@@ -226,25 +225,6 @@ impl PagedCache {
                 .gpu
                 .upload_u32("pages", &[n, m.max(1) as u32], &pages)?,
             lengths: self.gpu.upload_u32("lengths", &[n], &lengths)?,
-        })
-    }
-
-    /// Attention over a layer of these sequences: their tables and pools, and nothing else asked for.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] where the views do not fit.
-    pub fn tensors<'a>(
-        &'a self,
-        layer: usize,
-        tables: &'a Tables,
-        q: View<'a>,
-        out: View<'a>,
-    ) -> Result<Tensors<'a>> {
-        let [k, v] = self.layer(layer);
-        Ok(Tensors {
-            pages: Some(&tables.pages),
-            kv_len: Some(&tables.lengths),
-            ..Tensors::new(q, View::bhld(k)?, View::bhld(v)?, out)
         })
     }
 

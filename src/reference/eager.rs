@@ -65,8 +65,8 @@ pub fn attention_eager(a: &Attention, round: impl Fn(f64) -> f64) -> Vec<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::expand;
     use super::*;
+    use crate::reference::{attention, expand};
 
     /// `((n * step + start) % modulus - half) / over`, which both types hold exactly.
     fn ramp(len: usize, [step, start, modulus, half]: [usize; 4], over: f64) -> Vec<f64> {
@@ -145,7 +145,7 @@ mod tests {
             softcap: Some(3.0),
             ..Attention::new([1, 2, 3, 5], [1, 1, 7, 4], &q, &k, &v)
         };
-        let want = super::super::attention(&problem).out;
+        let want = attention(&problem).out;
         for (got, want) in attention_eager(&problem, |x| x).into_iter().zip(want) {
             assert!((got - want).abs() < 1e-5, "{got} is not {want}");
         }
