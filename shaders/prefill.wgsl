@@ -16,9 +16,11 @@
 // depends on its neighbours. With subgroups the row's maximum comes by shuffles among its 8 lanes.
 // Value dims past 128 take more workgroups, each of which makes S anew: registers stay bounded. Four rows
 // a thread feed 64 multiply-adds with 8 loads, two rows 32 with 6; but four rows of more than 32 value
-// columns spill on Intel DG2 (SIMD8, 118 spills at 128 columns), so only the narrowest heads have four.
+// columns spill on Intel DG2 (SIMD8, 118 spills at 128 columns), so only the narrowest heads have four. Where a
+// thread's part of a tile lies in Q, K and V is worked out once: the divisions by the queries of a head, in
+// every tile, took half of DG2's cycles and a third of navi31's.
 //
-// Lost: on llvmpipe, where each lane's read of workgroup memory is one of its own, this kernel makes 4.4
+// Lost: the products unrolled where registers are few, 42 spills on DG2 at 128 columns. On llvmpipe, where each lane's read of workgroup memory is one of its own, this kernel makes 4.4
 // GFLOP/s at 8 heads of 512 x 512, D 64, and `prefill_lanes` 47, so plans take that one there.
 {% if F16 %}
 enable f16;
@@ -40,8 +42,9 @@ enable subgroups;
 {% set BY_ELEMENT = HAS_MASK or HAS_MASK_MOD %}
 {% set EDGES = HAS_RIGHT or HAS_LEFT or HAS_PREFIX or HAS_BIAS or HAS_SCORE_MOD or BY_ELEMENT %}
 
+{# Unrolled, the products keep more than the 128 registers of Intel's threads busy: 40 spills on DG2. #}
+{% set TURNS = " * P.one" if FEW_REGISTERS else ROLL %}
 const ROWS = {{ ROWS }}u;       // rows of a thread
-const THREADS = {{ 8 * (32 // ROWS) }}u;
 const BLOCK_Q = 32u;
 const BLOCK_K = 32u;
 const STRIDE = 9u;   // vec4s between rows of a staged tile: 8 and one of padding
@@ -121,6 +124,14 @@ fn main(
 {% endfor %}
 {% endfor %}
 
+    // A thread stages column tx of ROWS rows of each tile.
+    let place = ty * STRIDE + tx;
+{% for i in range(ROWS) %}
+    let from_{{ i }} = min(row_from + ty + {{ i * (32 // ROWS) }}u, rows - 1u);
+    let q_at_{{ i }} = query_at(P.q_at, b, kh * per_kv + from_{{ i }} / queries, from_{{ i }} % queries);
+    let o_at_{{ i }} = query_at(P.o_at, b, kh * per_kv + from_{{ i }} / queries, from_{{ i }} % queries);
+{% endfor %}
+
     for (var k_from = k_first; k_from < k_last; k_from += BLOCK_K) {
 {% if HAS_BLOCK_MAP %}
         // Tiles that the mask empties for every row are skipped.
@@ -129,17 +140,16 @@ fn main(
 {% for i in range(ROWS) %}
         var s_{{ i }} = vec4<f32>();
 {% endfor %}
+{% for i in range(ROWS) %}
+        let k_at_{{ i }} = key_at(P.k_at, kb, kh, min(k_from + ty + {{ i * (32 // ROWS) }}u, k_last - 1u));
+{% endfor %}
         for (var d = 0u; d < P.head_dim; d += 32u) {
-            for (var n = thread; n < 256u{{ ROLL }}; n += THREADS) {
-                let row = n / 8u;
-                let column = n % 8u;
-                let r = min(row_from + row, rows - 1u);
-                wg_q[row * STRIDE + column] = load_q(query_at(P.q_at, b, kh * per_kv + r / queries, r % queries), d + column * 4u);
-                let j = min(k_from + row, k_last - 1u);
-                wg_k[row * STRIDE + column] = load_k(key_at(P.k_at, kb, kh, j), d + column * 4u);
-            }
+{% for i in range(ROWS) %}
+            wg_q[place + {{ i * (32 // ROWS) * 9 }}u] = load_q(q_at_{{ i }}, d + tx * 4u);
+            wg_k[place + {{ i * (32 // ROWS) * 9 }}u] = load_k(k_at_{{ i }}, d + tx * 4u);
+{% endfor %}
             workgroupBarrier();
-            for (var n = 0u; n < 8u{{ ROLL }}; n += 1u) {
+            for (var n = 0u; n < 8u{{ TURNS }}; n += 1u) {
 {% for i in range(ROWS) %}
                 let q_{{ i }} = wg_q[(ty * ROWS + {{ i }}u) * STRIDE + n];
 {% endfor %}
@@ -191,19 +201,19 @@ fn main(
         let edge = k_from < low.begin{% if HAS_LEFT %} || k_from < high.begin{% endif %} || k_from + BLOCK_K > low.end;
 {% endif %}
 {% endif %}
+{% for i in range(ROWS) %}
+        let j_{{ i }} = k_from + ty + {{ i * (32 // ROWS) }}u;
+        let v_at_{{ i }} = key_at(P.v_at, kb, kh, min(j_{{ i }}, k_last - 1u));
+{% endfor %}
 {% for c in range(V_CHUNKS) %}
-        for (var n = thread; n < 256u{{ ROLL }}; n += THREADS) {
-            let row = n / 8u;
-            let column = n % 8u;
-            let j = k_from + row;
-            var x = vec4<f32>();
-            if (j < k_last) { x = load_v(key_at(P.v_at, kb, kh, j), v_from + {{ c * 32 }}u + column * 4u); }
-            wg_k[row * STRIDE + column] = x;
-        }
+{% for i in range(ROWS) %}
+        // Keys past the last weigh nothing, and what lies there must not matter.
+        wg_k[place + {{ i * (32 // ROWS) * 9 }}u] = select(vec4<f32>(), load_v(v_at_{{ i }}, v_from + {{ c * 32 }}u + tx * 4u), j_{{ i }} < k_last);
+{% endfor %}
         workgroupBarrier();
 {% for careful in ([false, true] if EDGES else [false]) %}
         {{ "if (!edge) " if EDGES and not careful }}{{ "else " if careful }}{
-        for (var n = 0u; n < 8u{{ ROLL }}; n += 1u) {
+        for (var n = 0u; n < 8u{{ TURNS }}; n += 1u) {
 {% for i in range(ROWS) %}
             let p_{{ i }} = wg_q[(ty * ROWS + {{ i }}u) * STRIDE + n];
 {% endfor %}
@@ -252,12 +262,11 @@ fn main(
     wg_k[(ty * ROWS + {{ i }}u) * STRIDE + tx] = o_{{ i }}_{{ c }} * over_{{ i }};
 {% endfor %}
     workgroupBarrier();
-    for (var n = thread; n < 256u{{ ROLL }}; n += THREADS) {
-        let r = row_from + n / 8u;
-        if (r < rows) {
-            store_o(query_at(P.o_at, b, kh * per_kv + r / queries, r % queries), v_from + {{ c * 32 }}u + n % 8u * 4u, wg_k[n / 8u * STRIDE + n % 8u]);
-        }
+{% for i in range(ROWS) %}
+    if (row_from + ty + {{ i * (32 // ROWS) }}u < rows) {
+        store_o(o_at_{{ i }}, v_from + {{ c * 32 }}u + tx * 4u, wg_k[place + {{ i * (32 // ROWS) * 9 }}u]);
     }
+{% endfor %}
     workgroupBarrier();
 {% endfor %}
 }

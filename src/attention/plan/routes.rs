@@ -114,6 +114,8 @@ impl Planner<'_> {
             None => 32,
         };
         let subgroups = self.caps.subgroups.is_some_and(|(least, _)| least >= 8);
+        // Small subgroups are Intel's, and so may be a device without any.
+        let few_registers = self.caps.subgroups.is_none_or(|(least, _)| least < 32);
         self.make_parts(&["q", "k", "v", "o", "lse"])?;
         if problem.k_len() as u64 > prefill_keys(problem, self.caps) {
             return Err(Error::refused(
@@ -175,7 +177,8 @@ impl Planner<'_> {
                 None => self
                     .shader("prefill", uses)
                     .with("ROWS", if chunks == 1 { 4u32 } else { 2 })
-                    .with("SUBGROUPS", subgroups),
+                    .with("SUBGROUPS", subgroups)
+                    .with("FEW_REGISTERS", few_registers),
             };
             self.launch(
                 part,
