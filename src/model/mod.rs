@@ -6,6 +6,8 @@ mod marian;
 mod weights;
 
 pub use files::Source;
+#[cfg(fuzzing)]
+pub use weights::fuzz_safetensors;
 
 use crate::gpu::{DType, Gpu, Recorder, Tensor};
 use crate::layers::{Batch, DecoderLayer, EncoderLayer, NormOrder, Past, Stream};

@@ -118,3 +118,19 @@ impl Weights {
         Error::file(&self.path, what)
     }
 }
+
+/// Reads any bytes as `model.safetensors` and takes every tensor, for the fuzz targets.
+#[cfg(fuzzing)]
+pub fn fuzz_safetensors(bytes: &[u8]) {
+    let Ok(mut weights) = Weights::new(Path::new("fuzz"), Bytes::Owned(bytes.to_vec())) else {
+        return;
+    };
+    for (name, info) in weights.metadata.tensors() {
+        let shape: Option<Vec<u32>> = info.shape.iter().map(|&n| n.try_into().ok()).collect();
+        if let Some(Ok(values)) = shape.map(|shape| weights.take(&name, &shape)) {
+            let elements: usize = info.shape.iter().product();
+            assert_eq!(values.len(), elements);
+        }
+    }
+    let _ = weights.finish();
+}
