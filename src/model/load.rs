@@ -4,7 +4,7 @@ use super::weights::Weights;
 use super::{Model, Names, Positions, Source, Spec, Stack, marian};
 use crate::gpu::{DType, Gpu, Tensor};
 use crate::layers::{CrossAttention, DecoderLayer, EncoderLayer, FeedForward, SelfAttention};
-use crate::ops::{Embedding, Linear, Norm};
+use crate::ops::{Embedding, Linear, Matrix, Norm};
 use crate::{Error, Result};
 
 impl Model {
@@ -168,7 +168,7 @@ impl Loader<'_> {
     }
 
     /// A matrix `[N, K]` as products read it: `[K, N rounded up to 4]`; several are put side by side.
-    fn columns(&mut self, label: &str, matrices: &[Vec<f32>], n: u32, k: u32) -> Result<Tensor> {
+    fn columns(&mut self, label: &str, matrices: &[Vec<f32>], n: u32, k: u32) -> Result<Matrix> {
         let (n, k) = (n as usize, k as usize);
         let stride = (n * matrices.len()).next_multiple_of(4);
         let mut columns = vec![0.0f32; k * stride];
@@ -185,12 +185,15 @@ impl Loader<'_> {
                 }
             }
         }
-        self.gpu
-            .upload_floats(label, self.dtype, &[k as u32, stride as u32], &columns)
+        let shape = [k as u32, stride as u32];
+        Matrix::dense(
+            self.gpu
+                .upload_floats(label, self.dtype, &shape, &columns)?,
+        )
     }
 
     /// An embedding table `[V, d]`, laid out for the logits' product.
-    fn table(&mut self, name: &str, vocab: u32) -> Result<Tensor> {
+    fn table(&mut self, name: &str, vocab: u32) -> Result<Matrix> {
         let values = self.take(name, &[vocab, self.spec.width])?;
         self.columns(name, &[values], vocab, self.spec.width)
     }
@@ -203,7 +206,7 @@ impl Loader<'_> {
             .upload_floats(name, DType::F32, &[values.len() as u32], &values)
     }
 
-    fn embedding(&mut self, table: Tensor, vocab: u32, positions: &str) -> Result<Embedding> {
+    fn embedding(&mut self, table: Matrix, vocab: u32, positions: &str) -> Result<Embedding> {
         let (d, n) = (self.spec.width, self.spec.max_positions);
         let (values, first_position, rows) = match self.spec.positions {
             Positions::Sinusoidal => {
