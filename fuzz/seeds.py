@@ -76,6 +76,47 @@ seeds = {
          ("d", "I64", [1], bytes(8)), ("e", "F32", [0], b""), ("f", "F32", [], bytes(4))],
     ),
 }
+
+
+def letters():
+    """GPT-2's letter of every byte."""
+    prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in prints else chr(next(others)) for byte in range(256)]
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role | trim }}{{ m['content'].strip() + eos_token }}{% endfor %}{{ [1] | tojson }}"
+
+
+def tokenizer(model, tokens, kinds, *more):
+    return gguf(
+        [
+            ("tokenizer.ggml.model", value(8, text(model))),
+            ("tokenizer.ggml.tokens", value(9, array(8, [text(token) for token in tokens]))),
+            ("tokenizer.ggml.token_type", value(9, array(5, [struct.pack("<i", kind) for kind in kinds]))),
+            ("tokenizer.ggml.eos_token_id", value(4, struct.pack("<I", 2))),
+            ("tokenizer.chat_template", value(8, text(TEMPLATE))),
+            *more,
+        ],
+        [],
+    )
+
+
+WORDS = letters() + ["ab", "<end>", "abc"]
+PIECES = ["<unk>", "<s>", "</s>", "a", "b", "ab", "\u2581", "\u2581a", "<0x0A>", "<think>"]
+for pre in ("smollm", "qwen2", "llama-bpe", "tekken"):
+    seeds[f"tokenizer/{pre}"] = tokenizer(
+        "gpt2", WORDS, [1] * 257 + [3, 1],
+        ("tokenizer.ggml.pre", value(8, text(pre))),
+        ("tokenizer.ggml.merges", value(9, array(8, [text("a b"), text("ab c")]))),
+        ("tokenizer.ggml.bos_token_id", value(4, struct.pack("<I", 257))),
+    )
+seeds["tokenizer/llama"] = tokenizer(
+    "llama", PIECES, [2, 3, 3, 1, 1, 1, 1, 1, 6, 4],
+    ("tokenizer.ggml.scores", value(9, array(6, [struct.pack("<f", -ix) for ix in range(len(PIECES))]))),
+    ("tokenizer.ggml.unknown_token_id", value(4, struct.pack("<I", 0))),
+    ("tokenizer.ggml.bos_token_id", value(4, struct.pack("<I", 1))),
+)
 for name, raw in seeds.items():
     (HERE / name).parent.mkdir(parents=True, exist_ok=True)
     (HERE / name).write_bytes(raw)

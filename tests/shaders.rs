@@ -218,6 +218,21 @@ fn attention_variants() -> &'static HashSet<Shader> {
     })
 }
 
+/// The variants of a kernel for weights in blocks.
+fn in_blocks(shader: &Shader) -> Vec<Shader> {
+    let mut all = Vec::new();
+    for w in ["q8_0", "q4_0", "q4_1"] {
+        for software in BOTH {
+            let shader = shader.clone().with("W_TYPE", w).with("SOFTWARE", software);
+            all.push(match shader.kernel {
+                "matvec" => shader.with("SLICES", if software { 4u32 } else { 8 }),
+                _ => shader,
+            });
+        }
+    }
+    all
+}
+
 /// The variants of everything around attention.
 fn other_variants() -> Vec<Shader> {
     let mut all = Vec::new();
@@ -232,19 +247,28 @@ fn other_variants() -> Vec<Shader> {
                                 ["f16"; 3],
                                 ["f16", "f16", "f32"],
                                 ["f32", "f16", "f32"],
+                                ["f32", "blocks", "f32"],
+                                ["f16", "blocks", "f16"],
+                                ["f16", "blocks", "f32"],
                             ] {
-                                all.push(
-                                    Shader::new(kernel)
-                                        .with("F16", [x, w, y].contains(&"f16"))
-                                        .with("T", x)
-                                        .with("W_TYPE", w)
-                                        .with("O_TYPE", y)
-                                        .with("VEC", vec)
-                                        .with("ROWS", rows)
-                                        .with("HAS_BIAS", has_bias)
-                                        .with("HAS_RESIDUAL", has_residual)
-                                        .with("ACTIVATION", activation),
-                                );
+                                let shader = Shader::new(kernel)
+                                    .with("F16", [x, w, y].contains(&"f16"))
+                                    .with("T", x)
+                                    .with("O_TYPE", y)
+                                    .with("VEC", vec)
+                                    .with("ROWS", rows)
+                                    .with("HAS_BIAS", has_bias)
+                                    .with("HAS_RESIDUAL", has_residual)
+                                    .with("ACTIVATION", activation);
+                                if w != "blocks" {
+                                    let shader = shader.with("W_TYPE", w);
+                                    all.push(match kernel {
+                                        "matvec" => shader.with("SLICES", 4u32),
+                                        _ => shader,
+                                    });
+                                } else if vec == 4 {
+                                    all.extend(in_blocks(&shader));
+                                }
                             }
                         }
                     }
@@ -256,16 +280,15 @@ fn other_variants() -> Vec<Shader> {
         for kernel in ["norm", "append"] {
             all.push(Shader::new(kernel).with("F16", t == "f16").with("T", t));
         }
-        for w in FLOATS {
-            for has_lengths in BOTH {
-                all.push(
-                    Shader::new("embed")
-                        .with("F16", [t, w].contains(&"f16"))
-                        .with("T", t)
-                        .with("W_TYPE", w)
-                        .with("HAS_LENGTHS", has_lengths),
-                );
+        for has_lengths in BOTH {
+            let embed = Shader::new("embed")
+                .with("T", t)
+                .with("HAS_LENGTHS", has_lengths);
+            for w in FLOATS {
+                let f16 = [t, w].contains(&"f16");
+                all.push(embed.clone().with("F16", f16).with("W_TYPE", w));
             }
+            all.extend(in_blocks(&embed.with("F16", t == "f16")));
         }
     }
     for candidates in [1u32, 2, 8, 64] {
@@ -293,8 +316,11 @@ fn params_bytes(kernel: &str) -> u32 {
 
 /// Parses, validates and measures one kernel; the error says what is wrong.
 fn check(kernel: &str, text: &str) -> Result<(), String> {
-    // Capabilities that extensions stand for; only f16 and subgroups are used.
-    let capabilities = Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
+    // Capabilities that extensions stand for, of which f16 and subgroups are used; and unpacking f16 to
+    // f32, which is a capability to naga and every WebGPU device's.
+    let capabilities = Capabilities::SHADER_FLOAT16
+        | Capabilities::SUBGROUP
+        | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     let mut options = naga::front::wgsl::Options::new();
     options.capabilities = capabilities;
     let module = naga::front::wgsl::Frontend::new_with_options(options)

@@ -95,6 +95,16 @@ impl Header {
         })
     }
 
+    /// Something wrong with this file.
+    pub fn error(&self, what: impl std::fmt::Display) -> Error {
+        Error::file(&self.path, what)
+    }
+
+    /// The file, for messages about it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
         let mut is = format!("{value:?}");
         if let Some((end, _)) = is.char_indices().nth(60) {

@@ -5,7 +5,7 @@ mod blocks;
 mod header;
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 pub use blocks::Blocks;
 pub use header::{Header, Info, List, Value};
@@ -14,7 +14,6 @@ use crate::{Error, Result};
 
 /// A file whose header is read and checked; tensors are read when they are asked for.
 pub struct Gguf {
-    path: PathBuf,
     map: memmap2::Mmap,
     header: Header,
 }
@@ -34,7 +33,6 @@ impl Gguf {
         // program that maps its input.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::file(path, e))?;
         Ok(Gguf {
-            path: path.to_owned(),
             header: Header::parse(path, &map)?,
             map,
         })
@@ -42,7 +40,7 @@ impl Gguf {
 
     /// The file, for messages about it.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.header.path()
     }
 
     /// What stands before the tensors.
@@ -82,6 +80,6 @@ impl Gguf {
 
     /// Something wrong with this file.
     pub fn error(&self, what: impl std::fmt::Display) -> Error {
-        Error::file(&self.path, what)
+        self.header.error(what)
     }
 }

@@ -125,11 +125,14 @@ pub fn fuzz_safetensors(bytes: &[u8]) {
     let Ok(mut weights) = Weights::new(Path::new("fuzz"), Bytes::Owned(bytes.to_vec())) else {
         return;
     };
-    for (name, info) in weights.metadata.tensors() {
-        let shape: Option<Vec<u32>> = info.shape.iter().map(|&n| n.try_into().ok()).collect();
-        if let Some(Ok(values)) = shape.map(|shape| weights.take(&name, &shape)) {
-            let elements: usize = info.shape.iter().product();
-            assert_eq!(values.len(), elements);
+    let tensors = weights.metadata.tensors().into_iter();
+    let shapes: Vec<(String, Vec<usize>)> = tensors
+        .map(|(name, info)| (name, info.shape.clone()))
+        .collect();
+    for (name, shape) in shapes {
+        let narrow: Option<Vec<u32>> = shape.iter().map(|&n| n.try_into().ok()).collect();
+        if let Some(Ok(values)) = narrow.map(|shape| weights.take(&name, &shape)) {
+            assert_eq!(values.len(), shape.iter().product::<usize>());
         }
     }
     let _ = weights.finish();

@@ -1,5 +1,10 @@
 //! GGUF files: what is in them, blocks as the package `gguf` expands them, and every way to be broken.
 
+#![cfg(feature = "models")]
+
+mod chats;
+mod goldens;
+mod tokenizers;
 mod writer;
 
 use std::path::Path;
