@@ -134,11 +134,21 @@ fn nibbles(bytes: &[u8]) -> impl Iterator<Item = u8> {
 }
 
 /// The integers of a Q5_0 block, from -16 to 15.
-pub(super) fn q5_0(block: &[u8; 22]) -> impl Iterator<Item = i8> {
+fn q5_0(block: &[u8; 22]) -> impl Iterator<Item = i8> {
     let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
     nibbles(&block[6..])
         .enumerate()
         .map(move |(ix, low)| (low | ((high >> ix & 1) as u8) << 4) as i8 - 16)
+}
+
+/// Q5_0 blocks as Q8_0 blocks of the same scales and integers.
+pub fn q5_0_as_q8_0(bytes: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len() / 22 * 34);
+    each(bytes, |b: &[u8; 22]| {
+        out.extend(&b[..2]);
+        out.extend(q5_0(b).map(|q| q as u8));
+    });
+    out
 }
 
 fn q4_k(block: &[u8; 144], out: &mut Vec<f32>) {

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::path::Path;
 
 pub use blocks::Blocks;
+pub(crate) use blocks::q5_0_as_q8_0;
 pub use header::{Header, Info, List, Value};
 
 use crate::{Error, Result};

@@ -1,11 +1,13 @@
 //! Encoder-decoder models from data: every way in which families differ is in [`Spec`].
 
 mod files;
+mod gguf;
 mod load;
 mod marian;
 mod weights;
 
 pub use files::Source;
+pub use gguf::{Columns, Outline, OutlineScaling, matrix};
 #[cfg(fuzzing)]
 pub use weights::fuzz_safetensors;
 

@@ -4,6 +4,7 @@
 
 mod chats;
 mod goldens;
+mod outlines;
 mod tokenizers;
 mod writer;
 

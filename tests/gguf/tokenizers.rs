@@ -165,7 +165,10 @@ fn bytes_without_a_token_are_refused_not_left_out() {
     let tokenizer = LmTokenizer::from_gguf(&header).unwrap();
     assert_eq!(tokenizer.encode("ab", false).unwrap().len(), 1);
     let said = tokenizer.encode("aqua", false).unwrap_err().to_string();
-    assert_eq!(said, "the text is \"aqua\": the vocabulary has no token for the byte 0x71");
+    assert_eq!(
+        said,
+        "the text is \"aqua\": the vocabulary has no token for the byte 0x71"
+    );
 }
 
 #[test]
