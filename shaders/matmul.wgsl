@@ -32,11 +32,13 @@ fn main(
     for (var block = 0u; block < P.k / 32u; block += 1u) {
         let first = block * 32u;
         let scale = load_scales(block, quad);
-        for (var k = first; k < {{ END }}; k += {{ PER_WORD }}u) {
-            let words = w[(k / {{ PER_WORD }}u) * (P.w_stride / 4u) + quad];
-{% for part in range(PER_WORD // 4) %}
+        for (var k = first; k < {{ END }}; k += 8u) {
+{% for part in range(2) %}
+{% if part == 0 or PER_WORD == 4 %}
+            let words_{{ part }} = w[(k / {{ PER_WORD }}u + {{ part }}u) * (P.w_stride / 4u) + quad];
+{% endif %}
 {% for e in range(4) %}
-            let w_{{ part }}_{{ e }} = scale.d * {{ quants("words", 4 * part + e) }}{{ " + scale.m" if W_TYPE == "q4_1" else "" }};
+            let w_{{ part }}_{{ e }} = scale.d * {{ quants(part, e) }}{{ " + scale.m" if W_TYPE == "q4_1" else "" }};
 {% endfor %}
 {% for r in range(ROWS) %}
             let x_{{ part }}_{{ r }} = load_x(row_{{ r }}, k + {{ 4 * part }}u);

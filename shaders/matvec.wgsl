@@ -35,11 +35,13 @@ fn main(
         var x_sum_{{ r }} = vec4<f32>();
 {% endif %}
 {% endfor %}
-        for (var k = first; k < {{ END }}; k += {{ PER_WORD }}u) {
-            let words = w[(k / {{ PER_WORD }}u) * (P.w_stride / 4u) + column];
-{% for part in range(PER_WORD // 4) %}
+        for (var k = first; k < {{ END }}; k += 8u) {
+{% for part in range(2) %}
+{% if part == 0 or PER_WORD == 4 %}
+            let words_{{ part }} = w[(k / {{ PER_WORD }}u + {{ part }}u) * (P.w_stride / 4u) + column];
+{% endif %}
 {% for e in range(4) %}
-            let q_{{ part }}_{{ e }} = {{ quants("words", 4 * part + e) }};
+            let q_{{ part }}_{{ e }} = {{ quants(part, e) }};
 {% endfor %}
 {% for r in range(ROWS) %}
             let x_{{ part }}_{{ r }} = load_x(row_{{ r }}, k + {{ 4 * part }}u);

@@ -8,8 +8,11 @@
 {% set PER_WORD = 4 if W_TYPE == "q8_0" else 8 %}
 {% set BITS = 32 // PER_WORD %}
 
-// The integers of row `e` of a word's rows, for four columns. {# an expression of vec4<f32> #}
-{% macro quants(words, e) -%}
+// Of the eight rows from a k on, the integers of row `e` of half `part` for four columns, a vec4<f32>: out of
+// `words_0`, or a word for each half.
+{% macro quants(part, e) -%}
+{%- set words = "words_" ~ (part if PER_WORD == 4 else 0) -%}
+{%- set e = e if PER_WORD == 4 else 4 * part + e -%}
 {%- if W_TYPE == "q4_1" -%}
 vec4<f32>(({{ words }} >> vec4<u32>({{ BITS * e }}u)) & vec4<u32>(15u))
 {%- else -%}
