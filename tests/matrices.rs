@@ -147,7 +147,6 @@ fn product(
     let epilogue = Epilogue {
         activation: around.then_some(Activation::Silu),
         residual: around.then_some(&residual),
-        ..Default::default()
     };
     let x = upload(gpu, dtype, &[m, k], &x);
     let y = result(gpu, dtype, m * n);
