@@ -80,9 +80,7 @@ def sentencepiece(path, flags):
     letters = sorted(set(model["vocab"]) - set(merged))
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + list(dict.fromkeys(merged)) + letters
     kinds = [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
-    scores = [0.0] * 259 + [-float(n) for n in range(len(tokens) - 259)]
-    # Some of one score, as user-defined words have it.
-    scores[300:310] = [scores[300]] * 10
+    scores = [0.0] * 259 + [-float(n // 24) for n in range(len(tokens) - 259)]  # many of one score
     tokens, kinds, scores = tokens + ["<think>"], kinds + [4], scores + [0.0]
     writer = GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
