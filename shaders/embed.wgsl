@@ -1,6 +1,8 @@
 // embed: X[r, t] = scale * E[id] [+ positions[p], where p is t, or the row's place in its sequence].
 //
 //   E lies as the matmul wants it, [d, V], so that tied weights are stored once
+//   a table in blocks (shared/blocks.wgsl) is expanded where it is read
+{% set BLOCKS = W_TYPE in ["q8_0", "q4_0", "q4_1"] %}
 {% if F16 %}
 enable f16;
 {% endif %}
@@ -10,14 +12,34 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> P: Params;
 @group(0) @binding(1) var<storage, read> ids: array<u32>;                   // [R]
-@group(0) @binding(2) var<storage, read> table: array<{{ W_TYPE }}>;        // [d, V]
+@group(0) @binding(2) var<storage, read> table: array<{{ "u32" if BLOCKS else W_TYPE }}>;        // [d, V]
 @group(0) @binding(3) var<storage, read_write> x: array<{{ T }}>;           // [R, d]
-{% if HAS_POSITIONS %}
-@group(0) @binding(4) var<storage, read> positions: array<f32>;             // [P, d]
-{% if HAS_LENGTHS %}
-@group(0) @binding(5) var<storage, read> lengths: array<u32>;               // [R], this token included
+// positions [P, d]; lengths [R], this token included
+{% set optional = (["positions: array<f32>"] if HAS_POSITIONS else [])
+    + (["lengths: array<u32>"] if HAS_POSITIONS and HAS_LENGTHS else [])
+    + (["scales: array<u32>"] if BLOCKS else []) %}
+{% for declaration in optional %}
+@group(0) @binding({{ 3 + loop.index }}) var<storage, read> {{ declaration }};
+{% endfor %}
+
+// Element `c` of a token's row.
+fn element(c: u32, id: u32) -> f32 {
+    let at = {{ "c" if not BLOCKS else "c / 4u" if W_TYPE == "q8_0" else "c / 8u" }} * P.vocab_stride + id;
+{% if not BLOCKS %}
+    return f32(table[at]);
+{% else %}
+    let block = (c / 32u) * P.vocab_stride + id;
+{% if W_TYPE == "q4_1" %}
+    let scale = unpack2x16float(scales[block]);
+    return scale.x * f32((table[at] >> (4u * (c % 8u))) & 15u) + scale.y;
+{% else %}
+    let pair = unpack2x16float(scales[block / 2u]);
+    let bits = {{ "24u - 8u * (c % 4u)" if W_TYPE == "q8_0" else "28u - 4u * (c % 8u)" }};
+    let q = bitcast<i32>(table[at] << bits) >> {{ "24u" if W_TYPE == "q8_0" else "28u" }};
+    return select(pair.x, pair.y, block % 2u == 1u) * f32(q);
 {% endif %}
 {% endif %}
+}
 
 @compute @workgroup_size(64)
 fn main(
@@ -30,7 +52,7 @@ fn main(
     let row = index / P.width;
     let c = index % P.width;
     let id = min(ids[row], P.vocab - 1u);
-    var value = f32(table[c * P.vocab_stride + id]) * P.scale;
+    var value = element(c, id) * P.scale;
 {% if HAS_POSITIONS %}
 {% if HAS_LENGTHS %}
     let place = lengths[row] - 1u;

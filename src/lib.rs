@@ -56,6 +56,8 @@ pub mod cache;
 pub mod error;
 #[cfg(feature = "models")]
 pub mod generate;
+#[cfg(feature = "models")]
+pub mod gguf;
 pub mod gpu;
 #[cfg(feature = "models")]
 pub mod layers;

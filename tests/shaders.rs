@@ -11,8 +11,8 @@ use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, p
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
 
 /// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 10778;
-const TEXTS: usize = 7678;
+const VARIANTS: usize = 14_406;
+const TEXTS: usize = 11_300;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -240,6 +240,27 @@ fn attention_variants() -> &'static HashSet<Shader> {
     })
 }
 
+/// The variants of a kernel for weights in blocks.
+fn in_blocks(shader: &Shader) -> Vec<Shader> {
+    let mut all = Vec::new();
+    for w in ["q8_0", "q4_0", "q4_1"] {
+        // Embeddings have no loop to hide.
+        let softwares = if shader.kernel == "embed" {
+            &[false][..]
+        } else {
+            &BOTH
+        };
+        for &software in softwares {
+            let shader = shader.clone().with("W_TYPE", w).with("SOFTWARE", software);
+            all.push(match shader.kernel {
+                "matvec" => shader.with("SLICES", if software { 4u32 } else { 8 }),
+                _ => shader,
+            });
+        }
+    }
+    all
+}
+
 /// The variants of everything around attention.
 fn other_variants() -> Vec<Shader> {
     let mut all = Vec::new();
@@ -254,21 +275,30 @@ fn other_variants() -> Vec<Shader> {
                                 ["f16"; 3],
                                 ["f16", "f16", "f32"],
                                 ["f32", "f16", "f32"],
+                                ["f32", "blocks", "f32"],
+                                ["f16", "blocks", "f16"],
+                                ["f16", "blocks", "f32"],
                             ] {
                                 for gated in BOTH {
-                                    all.push(
-                                        Shader::new(kernel)
-                                            .with("F16", [x, w, y].contains(&"f16"))
-                                            .with("T", x)
-                                            .with("W_TYPE", w)
-                                            .with("O_TYPE", y)
-                                            .with("VEC", vec)
-                                            .with("ROWS", rows)
-                                            .with("HAS_BIAS", has_bias)
-                                            .with("HAS_RESIDUAL", has_residual)
-                                            .with("GATED", gated)
-                                            .with("ACTIVATION", activation),
-                                    );
+                                    let shader = Shader::new(kernel)
+                                        .with("F16", [x, w, y].contains(&"f16"))
+                                        .with("T", x)
+                                        .with("O_TYPE", y)
+                                        .with("VEC", vec)
+                                        .with("ROWS", rows)
+                                        .with("HAS_BIAS", has_bias)
+                                        .with("HAS_RESIDUAL", has_residual)
+                                        .with("GATED", gated)
+                                        .with("ACTIVATION", activation);
+                                    if w != "blocks" {
+                                        let shader = shader.with("W_TYPE", w);
+                                        all.push(match kernel {
+                                            "matvec" => shader.with("SLICES", 4u32),
+                                            _ => shader,
+                                        });
+                                    } else if vec == 4 {
+                                        all.extend(in_blocks(&shader));
+                                    }
                                 }
                             }
                         }
@@ -313,18 +343,17 @@ fn other_variants() -> Vec<Shader> {
                 }
             }
         }
-        for w in FLOATS {
-            for has_positions in BOTH {
-                for has_lengths in BOTH {
-                    all.push(
-                        Shader::new("embed")
-                            .with("F16", [t, w].contains(&"f16"))
-                            .with("T", t)
-                            .with("W_TYPE", w)
-                            .with("HAS_POSITIONS", has_positions)
-                            .with("HAS_LENGTHS", has_lengths),
-                    );
+        for has_positions in BOTH {
+            for has_lengths in BOTH {
+                let embed = Shader::new("embed")
+                    .with("T", t)
+                    .with("HAS_POSITIONS", has_positions)
+                    .with("HAS_LENGTHS", has_lengths);
+                for w in FLOATS {
+                    let f16 = [t, w].contains(&"f16");
+                    all.push(embed.clone().with("F16", f16).with("W_TYPE", w));
                 }
+                all.extend(in_blocks(&embed.with("F16", t == "f16")));
             }
         }
     }
@@ -355,10 +384,11 @@ fn params_bytes(kernel: &str) -> u32 {
 
 /// Parses, validates and measures one kernel; the error says what is wrong.
 fn check(kernel: &str, text: &str) -> Result<(), String> {
-    // Capabilities that extensions stand for; only f16, scales of blocks packed in it, and subgroups are used.
+    // Capabilities that extensions stand for, of which f16 and subgroups are used; and unpacking f16 to
+    // f32, which is a capability to naga and every WebGPU device's.
     let capabilities = Capabilities::SHADER_FLOAT16
-        | Capabilities::SHADER_FLOAT16_IN_FLOAT32
-        | Capabilities::SUBGROUP;
+        | Capabilities::SUBGROUP
+        | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     let mut options = naga::front::wgsl::Options::new();
     options.capabilities = capabilities;
     let module = naga::front::wgsl::Frontend::new_with_options(options)

@@ -1,15 +1,17 @@
 // What the matrix products share: Y [M, N] = activate(X [M, K] W [K, N] + bias) + residual. W's rows are
 // padded to whole vec4s. X's rows are read as vec4s where K allows. GATED: W's columns come in pairs, a gate and
 // what it lets through, and Y [M, N / 2] = activate(gate) * other + residual.
+{% set BLOCKS = W_TYPE in ["q8_0", "q4_0", "q4_1"] %}
 {% if F16 %}
 enable f16;
 {% endif %}
 struct Params { m: u32, n: u32, k: u32, w_stride: u32 }
 @group(0) @binding(0) var<uniform> P: Params;
 @group(0) @binding(1) var<storage, read> x: array<{{ "vec4<" ~ T ~ ">" if VEC == 4 else T }}>;
-@group(0) @binding(2) var<storage, read> w: array<vec4<{{ W_TYPE }}>>;
+@group(0) @binding(2) var<storage, read> w: array<vec4<{{ "u32" if BLOCKS else W_TYPE }}>>;
 @group(0) @binding(3) var<storage, read_write> y: array<{{ O_TYPE }}>;
-{% set optional = (["bias: array<f32>"] if HAS_BIAS else []) + (["residual: array<" ~ T ~ ">"] if HAS_RESIDUAL else []) %}
+{% set optional = (["scales: array<" ~ ("vec4<u32>" if W_TYPE == "q4_1" else "vec2<u32>") ~ ">"] if BLOCKS else [])
+    + (["bias: array<f32>"] if HAS_BIAS else []) + (["residual: array<" ~ T ~ ">"] if HAS_RESIDUAL else []) %}
 {% for declaration in optional %}
 @group(0) @binding({{ 3 + loop.index }}) var<storage, read> {{ declaration }};
 {% endfor %}
@@ -31,10 +33,33 @@ fn load_x(row: u32, k: u32) -> vec4<f32> {
 {% endif %}
 }
 
+{% if BLOCKS %}
+{% include "shared/blocks.wgsl" %}
+
+// The scales of a block of rows at the quad of columns `quad`.
+{% if W_TYPE == "q4_1" %}
+struct Scales { d: vec4<f32>, m: vec4<f32> }
+fn load_scales(block: u32, quad: u32) -> Scales {
+    let pairs = scales[block * (P.w_stride / 4u) + quad];
+    let x = unpack2x16float(pairs.x);
+    let y = unpack2x16float(pairs.y);
+    let z = unpack2x16float(pairs.z);
+    let w = unpack2x16float(pairs.w);
+    return Scales(vec4<f32>(x.x, y.x, z.x, w.x), vec4<f32>(x.y, y.y, z.y, w.y));
+}
+{% else %}
+struct Scales { d: vec4<f32> }
+fn load_scales(block: u32, quad: u32) -> Scales {
+    let pairs = scales[block * (P.w_stride / 4u) + quad];
+    return Scales(vec4<f32>(unpack2x16float(pairs.x), unpack2x16float(pairs.y)));
+}
+{% endif %}
+{% else %}
 // Row `k` of W at the quad of columns `quad`; rows past the end repeat the last, where X is zero.
 fn load_w(k: u32, quad: u32) -> vec4<f32> {
     return vec4<f32>(w[{{ "k" if VEC == 4 else "min(k, P.k - 1u)" }} * (P.w_stride / 4u) + quad]);
 }
+{% endif %}
 
 fn store_y(row: u32, quad: u32, sum: vec4<f32>) {
     let n = quad * 4u;

@@ -63,6 +63,7 @@ macro_rules! sources {
 /// Every text under `shaders/`, by name.
 const SOURCES: &[(&str, &str)] = sources![
     "shared/activation",
+    "shared/blocks",
     "shared/decode",
     "shared/linear",
     "shared/problem",

@@ -13,6 +13,8 @@ pub(crate) enum Bytes {
         expect(dead_code, reason = "only a compiled-in model is static")
     )]
     Static(&'static [u8]),
+    #[cfg(fuzzing)]
+    Owned(Vec<u8>),
 }
 
 impl Deref for Bytes {
@@ -22,6 +24,8 @@ impl Deref for Bytes {
         match self {
             Bytes::Mapped(map) => map,
             Bytes::Static(bytes) => bytes,
+            #[cfg(fuzzing)]
+            Bytes::Owned(bytes) => bytes,
         }
     }
 }

@@ -3,9 +3,9 @@
 use super::reader::Reader;
 use super::weights::Weights;
 use super::{Model, Names, Positions, Source, Spec, Stack, marian};
-use crate::gpu::{DType, Gpu, Tensor};
+use crate::gpu::{DType, Gpu};
 use crate::layers::{CrossAttention, DecoderLayer, EncoderLayer, FeedForward, SelfAttention};
-use crate::ops::{Embedding, Linear, Norm};
+use crate::ops::{Embedding, Linear, Matrix, Norm};
 use crate::{Error, Result};
 
 impl Model {
@@ -170,7 +170,7 @@ impl Loader<'_> {
         })
     }
 
-    fn embedding(&mut self, table: Tensor, vocab: u32, positions: &str) -> Result<Embedding> {
+    fn embedding(&mut self, table: Matrix, vocab: u32, positions: &str) -> Result<Embedding> {
         let (d, n) = (self.spec.width, self.spec.max_positions);
         let (values, first_position, rows) = match self.spec.positions {
             Positions::Sinusoidal => {

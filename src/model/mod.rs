@@ -3,6 +3,7 @@
 
 mod causal;
 mod files;
+mod gguf;
 mod llama;
 mod load;
 mod marian;
@@ -12,7 +13,10 @@ mod weights;
 
 pub use causal::{CausalForward, CausalModel, CausalSpec, Chunk, Wanted};
 pub use files::Source;
+pub use gguf::{Columns, Outline, OutlineScaling, matrix};
 pub use rope::{Rope, RopeScaling, yarn_attention_factor};
+#[cfg(fuzzing)]
+pub use weights::fuzz_safetensors;
 
 use std::path::Path;
 

@@ -3,7 +3,7 @@
 use super::weights::Weights;
 use crate::Result;
 use crate::gpu::{DType, Gpu, Tensor};
-use crate::ops::Linear;
+use crate::ops::{Linear, Matrix};
 
 /// Takes tensors by name, and tells how far it has got.
 pub(super) struct Reader<'a> {
@@ -24,7 +24,7 @@ impl Reader<'_> {
 
     /// Matrices `[N, K]`, each of its own N, as products read them, side by side: `[K, sum of N rounded up
     /// to 4]`.
-    pub fn columns(&mut self, label: &str, matrices: &[Vec<f32>], k: u32) -> Result<Tensor> {
+    pub fn columns(&mut self, label: &str, matrices: &[Vec<f32>], k: u32) -> Result<Matrix> {
         let k = k as usize;
         let rows = |matrix: &Vec<f32>| matrix.len() / k;
         let stride = matrices.iter().map(rows).sum::<usize>();
@@ -46,8 +46,11 @@ impl Reader<'_> {
             }
             from += n;
         }
-        self.gpu
-            .upload_floats(label, self.dtype, &[k as u32, stride as u32], &columns)
+        let shape = [k as u32, stride as u32];
+        Matrix::dense(
+            self.gpu
+                .upload_floats(label, self.dtype, &shape, &columns)?,
+        )
     }
 
     /// f32 values, padded with zeros to whole fours.
@@ -64,7 +67,7 @@ impl Reader<'_> {
     }
 
     /// An embedding table `[V, d]`, laid out for the logits' product.
-    pub fn table(&mut self, name: &str, vocab: u32, width: u32) -> Result<Tensor> {
+    pub fn table(&mut self, name: &str, vocab: u32, width: u32) -> Result<Matrix> {
         let values = self.take(name, &[vocab, width])?;
         self.columns(name, &[values], width)
     }

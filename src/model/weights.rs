@@ -191,3 +191,29 @@ fn shards(source: &Source) -> Result<Vec<String>> {
         false => Ok(names),
     }
 }
+
+/// Reads any bytes as `model.safetensors` and takes every tensor, for the fuzz targets.
+#[cfg(fuzzing)]
+pub fn fuzz_safetensors(bytes: &[u8]) {
+    let path = Path::new("fuzz");
+    let Ok(file) = File::new(path, Bytes::Owned(bytes.to_vec())) else {
+        return;
+    };
+    let tensors = file.tensors.iter();
+    let shapes: Vec<(String, Vec<usize>)> = tensors
+        .map(|(name, info)| (name.clone(), info.shape.clone()))
+        .collect();
+    let mut weights = Weights {
+        path: path.to_owned(),
+        left: file.tensors.keys().map(|name| (name.clone(), 0)).collect(),
+        files: vec![file],
+        taken: 0,
+    };
+    for (name, shape) in shapes {
+        let narrow: Option<Vec<u32>> = shape.iter().map(|&n| n.try_into().ok()).collect();
+        if let Some(Ok(values)) = narrow.map(|shape| weights.take(&name, &shape)) {
+            assert_eq!(values.len(), shape.iter().product::<usize>());
+        }
+    }
+    let _ = weights.finish();
+}

@@ -2,8 +2,10 @@
 //! cache's append and reorder, and the choice of the next token.
 
 mod append;
+mod matrix;
 
 pub use append::{Append, NOWHERE, Pairs, QkNorm, Rotary, Rows, append};
+pub use matrix::{Matrix, Storage};
 
 use crate::gpu::{DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};
@@ -58,11 +60,11 @@ fn holds(what: &str, tensor: &Tensor, dtype: DType, elements: u64) -> Result<()>
     ))
 }
 
-/// A dense layer's weights, `Y = X W + bias`, W stored `[K, N]` with rows padded to whole fours.
+/// A dense layer's weights, `Y = X W + bias`.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    /// `[K, N rounded up to 4]`
-    pub weight: Tensor,
+    /// W `[K, N]`
+    pub weight: Matrix,
     /// f32 `[N rounded up to 4]`
     pub bias: Option<Tensor>,
     /// Outputs.
@@ -92,7 +94,7 @@ pub fn matmul(
     y: &Tensor,
     epilogue: Epilogue,
 ) -> Result<()> {
-    let (k, stride) = (linear.weight.shape[0], linear.weight.shape[1]);
+    let (k, stride) = (linear.weight.k(), linear.weight.stride());
     let m = check_u32("a matrix product's rows", x.len() / k as u64)?;
     check_u32("a matrix product's result", m as u64 * linear.n as u64)?;
     if epilogue.gated && !linear.n.is_multiple_of(2) {
@@ -110,9 +112,9 @@ pub fn matmul(
         m as u64 * k as u64,
     )?;
     holds("a matrix product's result", y, y.dtype, results)?;
-    if linear.n > stride || !stride.is_multiple_of(4) {
-        let bound = format!("whole fours, {} at least", linear.n);
-        return Err(Error::refused("a matrix's columns", stride, bound));
+    if linear.n == 0 || linear.n > stride {
+        let bound = format!("1 to {stride}, the matrix's columns");
+        return Err(Error::refused("a dense layer's outputs", linear.n, bound));
     }
     if let Some(bias) = &linear.bias {
         holds(
@@ -131,11 +133,11 @@ pub fn matmul(
         _ => 8,
     };
     let per_group = if m < MANY_ROWS { rows } else { 4 * rows };
-    let types = [x.dtype, linear.weight.dtype, y.dtype];
-    let shader = Shader::new(if m < MANY_ROWS { "matvec" } else { "matmul" })
+    let types = [x.dtype, linear.weight.values().dtype, y.dtype];
+    let software = recorder.gpu().caps().software;
+    let mut shader = Shader::new(if m < MANY_ROWS { "matvec" } else { "matmul" })
         .with("F16", types.contains(&DType::F16))
         .with("T", x.dtype.name())
-        .with("W_TYPE", linear.weight.dtype.name())
         .with("O_TYPE", y.dtype.name())
         .with("VEC", if k.is_multiple_of(4) { 4u32 } else { 1 })
         .with("ROWS", rows)
@@ -146,8 +148,17 @@ pub fn matmul(
             "ACTIVATION",
             epilogue.activation.map_or("none", Activation::wgsl),
         );
-    let bindings: Vec<&Tensor> = [x, &linear.weight, y]
+    shader = linear.weight.constants(shader, software);
+    if m < MANY_ROWS {
+        let slices = match (linear.weight.storage(), software) {
+            (Storage::F32 | Storage::F16, _) | (_, true) => 4u32,
+            (_, false) => 8,
+        };
+        shader = shader.with("SLICES", slices);
+    }
+    let bindings: Vec<&Tensor> = [x, linear.weight.values(), y]
         .into_iter()
+        .chain(linear.weight.scales())
         .chain(&linear.bias)
         .chain(epilogue.residual)
         .collect();
@@ -223,8 +234,8 @@ fn record_norm(
 /// Token embeddings and positions.
 #[derive(Clone, Debug)]
 pub struct Embedding {
-    /// `[d, V rounded up to 4]`
-    pub table: Tensor,
+    /// A column for each token. `[d, V]`
+    pub table: Matrix,
     /// Rows of the table that are tokens.
     pub vocab: u32,
     /// Added by position, where a model has such a table. f32 `[P, d]`
@@ -263,15 +274,15 @@ pub fn embed(
         n_positions: u32,
         row_len: u32,
     }
-    let width = embedding.table.shape[0];
-    let types = [embedding.table.dtype, x.dtype];
+    let width = embedding.table.k();
+    let types = [embedding.table.values().dtype, x.dtype];
     let shader = Shader::new("embed")
         .with("F16", types.contains(&DType::F16))
         .with("T", x.dtype.name())
-        .with("W_TYPE", embedding.table.dtype.name())
         .with("HAS_POSITIONS", embedding.positions.is_some())
         .with("HAS_LENGTHS", matches!(places, Places::Lengths(_)));
-    let mut bindings = vec![ids, &embedding.table, x];
+    let shader = embedding.table.constants(shader, false);
+    let mut bindings = vec![ids, embedding.table.values(), x];
     bindings.extend(&embedding.positions);
     let row_len = match places {
         Places::Sequence(len) => len,
@@ -283,10 +294,11 @@ pub fn embed(
             1
         }
     };
+    bindings.extend(embedding.table.scales());
     let params = Params {
         rows: check_u32("the tokens of a batch", ids.len())?,
         width,
-        vocab_stride: embedding.table.shape[1],
+        vocab_stride: embedding.table.stride(),
         vocab: embedding.vocab,
         scale: embedding.scale,
         first_position: embedding.first_position,

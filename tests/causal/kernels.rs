@@ -3,7 +3,7 @@
 use qkv::gpu::{DType, Recorder, Tensor};
 use qkv::model::{Rope, RopeScaling};
 use qkv::ops::{
-    self, Activation, Append, Epilogue, Linear, NOWHERE, Norm, Pairs, QkNorm, Rotary, Rows,
+    self, Activation, Append, Epilogue, Linear, Matrix, NOWHERE, Norm, Pairs, QkNorm, Rotary, Rows,
 };
 use qkv::reference::{self, rms_norm, rope_frequencies};
 
@@ -150,7 +150,7 @@ fn gated(
     let mut padded = bias.clone();
     padded.resize(stride, 0.0);
     let linear = Linear {
-        weight: upload(&columns, dtype, &[k as u32, stride as u32]),
+        weight: Matrix::dense(upload(&columns, dtype, &[k as u32, stride as u32])).unwrap(),
         bias: has_bias.then(|| upload(&padded, DType::F32, &[stride as u32])),
         n: n as u32,
     };
