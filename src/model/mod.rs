@@ -6,12 +6,14 @@ mod files;
 mod llama;
 mod load;
 mod marian;
+mod paged;
 mod reader;
 mod rope;
 mod weights;
 
 pub use causal::{CausalForward, CausalModel, CausalSpec, Chunk, Wanted};
 pub use files::Source;
+pub use paged::PagedStep;
 pub use rope::{Rope, RopeScaling, yarn_attention_factor};
 
 use std::path::Path;
