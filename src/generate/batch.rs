@@ -87,6 +87,7 @@ pub struct Batch<'m> {
     /// Those that can never fit.
     refused: Vec<(RequestId, Error)>,
     preemptions: u64,
+    computed: u64,
     /// f32 `[most sequences, V]`
     logits: Tensor,
     allowed: Tensor,
@@ -132,6 +133,7 @@ impl<'m> Batch<'m> {
             running: Vec::new(),
             refused: Vec::new(),
             preemptions: 0,
+            computed: 0,
             logits: gpu.empty("logits", DType::F32, &[most, spec.vocab])?,
             allowed: gpu.upload_u32("allowed", &[2, words], &all)?,
             chosen: gpu.empty("chosen", DType::U32, &[most, 1, 2])?,
@@ -217,6 +219,11 @@ impl<'m> Batch<'m> {
     /// How often a sequence has given its pages up for others.
     pub fn preemptions(&self) -> u64 {
         self.preemptions
+    }
+
+    /// Tokens that all steps have computed: those of preempted sequences again, those of shared beginnings once.
+    pub fn computed(&self) -> u64 {
+        self.computed
     }
 
     /// The cache, for its accounts.
@@ -348,6 +355,7 @@ impl<'m> Batch<'m> {
         let read = |bytes: &[u8]| read_choices(bytes, 1, vocab);
         let choices = gpu.run_and_read(&recording, &self.staging, read)?;
 
+        self.computed += new.iter().map(|&(_, n)| u64::from(n)).sum::<u64>();
         let mut choices = new.iter().zip(choices).peekable();
         let mut running = Vec::with_capacity(self.running.len());
         for Running {

@@ -184,18 +184,64 @@ fn a_sequences_logits_are_the_same_bits_in_any_company() {
     }
 }
 
-/// What a batch says until it is empty: texts, refusals, and how often it preempted.
+#[test]
+fn long_neighbours_change_no_bit() {
+    let (_, mut spec) = specs().swap_remove(0);
+    spec.max_positions = 4096;
+    let (model, _) = make(gpu(), &spec, DType::F32);
+    // Attention takes the keys of the longest in one part, two and three.
+    let texts = tokens(12, &[20, 1030, 2060], spec.vocab);
+    let vocab = spec.vocab as usize;
+    let run = |there: &[usize], chunk: usize| -> Vec<Vec<u32>> {
+        let mut cache = pool(&model, [DType::F32; 2], 200, 16);
+        let ids: Vec<SequenceId> = there
+            .iter()
+            .map(|&s| cache.start(&texts[s], Keep::default()))
+            .collect();
+        let mut last = vec![Vec::new(); there.len()];
+        let longest = there.iter().map(|&s| texts[s].len()).max().unwrap();
+        // All ends meet in the last step.
+        let mut from = 0;
+        while from < longest {
+            let to = (from + chunk).min(longest);
+            let mut rows = Vec::new();
+            let mut new: Vec<(SequenceId, &[u32])> = Vec::new();
+            for (ix, &s) in there.iter().enumerate() {
+                let before = longest - texts[s].len();
+                if to > before {
+                    rows.push(ix);
+                    let own = from.saturating_sub(before)..to - before;
+                    new.push((ids[ix], &texts[s][own]));
+                }
+            }
+            let got = step(&model, &mut cache, &new);
+            for (&ix, got) in rows.iter().zip(got.chunks(vocab)) {
+                last[ix] = got.iter().map(|x| x.to_bits()).collect();
+            }
+            from = to;
+        }
+        last
+    };
+    let all = run(&[0, 1, 2], 687);
+    for s in 0..3 {
+        assert_eq!(run(&[s], 500), [all[s].clone()], "{s}");
+    }
+}
+
+/// What a batch says until it is empty: texts, refusals, and its accounts.
 struct Answers {
     texts: BTreeMap<RequestId, Sequence>,
     failed: BTreeMap<RequestId, Error>,
     preemptions: u64,
+    computed: u64,
 }
 
-fn answers(mut batch: Batch) -> Answers {
+fn answers(mut batch: Batch, budget: u32) -> Answers {
     let mut heard: BTreeMap<RequestId, Sequence> = BTreeMap::new();
     let (mut texts, mut failed) = (BTreeMap::new(), BTreeMap::new());
     let mut steps = 0;
     while !batch.is_empty() {
+        let before = batch.computed();
         for event in batch.step().unwrap() {
             match event {
                 Event::Token {
@@ -220,6 +266,7 @@ fn answers(mut batch: Batch) -> Answers {
                 }
             }
         }
+        assert!(batch.computed() - before <= u64::from(budget));
         steps += 1;
         assert!(steps < 10_000, "it does not end");
     }
@@ -228,6 +275,7 @@ fn answers(mut batch: Batch) -> Answers {
         texts,
         failed,
         preemptions: batch.preemptions(),
+        computed: batch.computed(),
     }
 }
 
@@ -288,7 +336,7 @@ fn batches_write_what_each_prompt_gets_alone() {
                 .enumerate()
                 .map(|(ix, prompt)| batch.add(prompt, &limits(ix)))
                 .collect();
-            let got = answers(batch);
+            let got = answers(batch, budget);
             assert!(got.failed.is_empty(), "{what}: {:?}", got.failed);
             for (ix, id) in ids.iter().enumerate() {
                 let text = &got.texts[id];
@@ -301,6 +349,18 @@ fn batches_write_what_each_prompt_gets_alone() {
             println!("{what}: {} preemptions", got.preemptions);
             // A window gives pages back, so that they last.
             let windows = spec.windows.iter().all(Option::is_some);
+            // Where all run at once, the beginning that two share is computed once.
+            let all = prompts.iter().map(Vec::len).sum::<usize>() as u64
+                + got
+                    .texts
+                    .values()
+                    .map(|text| text.tokens.len() as u64 - 1)
+                    .sum::<u64>();
+            let shares = !windows && !scarce && max_sequences == 12;
+            let shared = if shares { 30 / page_len * page_len } else { 0 };
+            if got.preemptions == 0 && (windows || shares) {
+                assert_eq!(got.computed, all - u64::from(shared), "{what}");
+            }
             match (scarce, windows) {
                 (true, false) => assert!(got.preemptions > 0, "{what}"),
                 (false, _) => assert_eq!(got.preemptions, 0, "{what}"),
@@ -336,7 +396,7 @@ fn what_never_fits_is_refused_alone() {
     ];
     kept.push(batch.add(&good[1], &limits(6, vec![])));
     kept.push(batch.add(&good[2], &limits(5, vec![])));
-    let got = answers(batch);
+    let got = answers(batch, settings.budget);
     assert_eq!(got.failed.len(), refused.len());
     for (id, word) in refused {
         let said = got.failed[&id].to_string();
@@ -389,6 +449,35 @@ fn what_never_fits_is_refused_alone() {
             .expect("a refusal")
             .to_string();
         assert!(said.contains(word), "{said}");
+    }
+}
+
+#[test]
+fn a_step_of_a_batch_submits_once() {
+    let (_, spec) = two()[0].clone();
+    // An account of its own: the other tests run meanwhile.
+    let gpu = gpu().narrowed(gpu().caps().clone());
+    let (model, _) = make(&gpu, &spec, DType::F32);
+    let settings = BatchSettings {
+        pages: 12,
+        page_len: 4,
+        types: [DType::F32; 2],
+        budget: 9,
+        max_sequences: 5,
+    };
+    let mut batch = Batch::new(&model, settings).unwrap();
+    let limits = CausalSettings {
+        max_tokens: 5,
+        eos: vec![],
+    };
+    assert!(batch.is_empty() && batch.step().unwrap().is_empty());
+    for prompt in tokens(11, &[14, 3, 20, 9], spec.vocab) {
+        batch.add(&prompt, &limits);
+    }
+    while !batch.is_empty() {
+        let before = gpu.counters().submits;
+        batch.step().unwrap();
+        assert_eq!(gpu.counters().submits, before + 1);
     }
 }
 
