@@ -1,9 +1,11 @@
 //! Generation, a step at a time: greedy and beam search.
 
+mod batch;
 mod beam;
 mod causal;
 mod settings;
 
+pub use batch::{Batch, BatchSettings, Event, RequestId};
 pub use causal::{CausalGenerator, CausalSettings};
 pub use settings::{EarlyStopping, MAX_BEAMS, Settings};
 

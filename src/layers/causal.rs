@@ -52,6 +52,18 @@ pub struct NewTokens<'a> {
     pub starts: Option<&'a Tensor>,
     /// Positions that each sequence fills with them. u32 `[S]`
     pub lengths: &'a Tensor,
+    /// The rows are those of sequences in pages, as many as each has.
+    pub paged: Option<Paged<'a>>,
+}
+
+/// New tokens of S sequences in pages, one sequence's rows behind the other's: of [`NewTokens`], `sequences` is 1
+/// and `len` all rows together. The results of a sequence are the same, bit for bit, whatever stands beside it.
+#[derive(Clone, Copy)]
+pub struct Paged<'a> {
+    /// The page of each stretch of each sequence. u32 `[S, M]`
+    pub pages: &'a Tensor,
+    /// Where each sequence's rows begin, and where the last one's end. u32 `[S + 1]`
+    pub cu_q: &'a Tensor,
 }
 
 /// The residual stream of a step through a decoder-only stack, and the scratch that its layers share.
@@ -122,19 +134,27 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
         Ok(y)
     }
 
+    /// What is asked of every matrix product of the step.
+    pub fn epilogue(&self) -> Epilogue<'static> {
+        Epilogue {
+            batch_invariant: self.tokens.paged.is_some(),
+            ..Default::default()
+        }
+    }
+
     /// The state becomes x + `from` projected by `out`.
     fn add(&mut self, from: &Tensor, out: &Linear) -> Result<()> {
         let epilogue = Epilogue {
             residual: Some(&self.x),
-            ..Default::default()
+            ..self.epilogue()
         };
         ops::matmul(self.recorder, from, out, &self.y, epilogue)?;
         std::mem::swap(&mut self.x, &mut self.y);
         Ok(())
     }
 
-    /// One layer: appends the tokens' keys and values to `k` and `v`, `[S, Hk, L, D]`, and attends to what is
-    /// there. `tap` takes the attention weights, f32 `[S, H, T, L]`.
+    /// One layer: appends the tokens' keys and values to `k` and `v`, `[S, Hk, L, D]` or pools of pages, and
+    /// attends to what is there. `tap` takes the attention weights, f32 `[S, H, T, L]`.
     pub fn layer(
         &mut self,
         layer: &CausalLayer,
@@ -148,9 +168,14 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
             &self.normed,
             &layer.qkv,
             &self.projected,
-            Epilogue::default(),
+            self.epilogue(),
         )?;
-        let NewTokens { sequences, len, .. } = self.tokens;
+        let NewTokens {
+            sequences,
+            len,
+            paged,
+            ..
+        } = self.tokens;
         let Heads {
             heads, head_dim, ..
         } = self.heads;
@@ -163,7 +188,7 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
             },
             k_cache: k,
             v_cache: v,
-            pages: None,
+            pages: paged.map(|paged| paged.pages),
             qk_norm: layer.qk_norm.as_ref(),
             rotary: Some(self.rotary),
             q: Some(&self.q),
@@ -174,6 +199,8 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
             kv_len: Some(self.tokens.lengths),
             q_offset: self.tokens.starts,
             weights: tap,
+            pages: paged.map(|paged| paged.pages),
+            cu_q: paged.map(|paged| paged.cu_q),
             ..Tensors::new(
                 View::packed(&self.q, extents, heads * head_dim, 0)?,
                 View::bhld(k)?,
@@ -184,6 +211,7 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
         let options = Options {
             causal: true,
             window: [layer.window.map(|keys| keys - 1), None],
+            batch_invariant: paged.is_some(),
             ..Default::default()
         };
         attention::record(self.recorder, &tensors, &options)?;
@@ -195,7 +223,7 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
         let epilogue = Epilogue {
             activation: Some(layer.activation),
             gated: true,
-            ..Default::default()
+            ..self.epilogue()
         };
         let hidden = self.hidden.clone();
         ops::matmul(

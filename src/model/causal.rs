@@ -6,10 +6,8 @@ use super::weights::Weights;
 use super::{Padded, Rope, Source, llama};
 use crate::cache::{Cache, Extents};
 use crate::gpu::{DType, Gpu, Recorder, Tensor};
-use crate::layers::{CausalLayer, CausalStream, Heads, NewTokens};
-use crate::ops::{
-    self, Activation, Embedding, Epilogue, Linear, NOWHERE, Norm, Places, QkNorm, Rotary,
-};
+use crate::layers::{CausalLayer, CausalStream, Heads, NewTokens, Paged};
+use crate::ops::{self, Activation, Embedding, Linear, NOWHERE, Norm, Places, QkNorm, Rotary};
 use crate::{Error, Result};
 
 /// Everything in which decoder-only families differ. What they share: RMSNorm before each block and at the
@@ -145,13 +143,13 @@ pub enum Wanted {
 /// A step's new tokens, on the device.
 pub struct Chunk {
     /// u32 `[S, T]`
-    ids: Tensor,
+    pub(super) ids: Tensor,
     /// The sequence and position of each row. u32 `[S T, 2]`
-    places: Option<Tensor>,
+    pub(super) places: Option<Tensor>,
     /// The position of each sequence's first new token. i32 `[S]`
-    starts: Option<Tensor>,
+    pub(super) starts: Option<Tensor>,
     /// The rows whose logits are wanted, if not all. u32 `[S]`
-    rows: Option<Tensor>,
+    pub(super) rows: Option<Tensor>,
 }
 
 impl Chunk {
@@ -330,6 +328,7 @@ impl CausalModel {
             context: len,
             logits: &logits,
             attentions: &attentions,
+            paged: None,
         };
         self.record(&mut recorder, pass, |_| [&k, &v])?;
         gpu.submit(&recorder.finish()?)?;
@@ -376,12 +375,13 @@ impl CausalModel {
             context: capacity,
             logits,
             attentions: &[],
+            paged: None,
         };
         self.record(recorder, pass, |ix| [&cache.k[ix], &cache.v[ix]])
     }
 
     /// `kv` gives the keys and values of each layer.
-    fn record<'a>(
+    pub(super) fn record<'a>(
         &self,
         recorder: &mut Recorder,
         pass: Pass<'a>,
@@ -400,6 +400,7 @@ impl CausalModel {
             places: chunk.places.as_ref(),
             starts: chunk.starts.as_ref(),
             lengths: pass.lengths,
+            paged: pass.paged,
         };
         let sizes = [spec.width, spec.ffn];
         let mut stream =
@@ -412,26 +413,23 @@ impl CausalModel {
             stream.layer(layer, k, v, pass.attentions.get(ix))?;
         }
         let states = stream.norm(&self.norm, chunk.rows.as_ref())?;
-        ops::matmul(
-            recorder,
-            &states,
-            &self.logits,
-            pass.logits,
-            Epilogue::default(),
-        )
+        let epilogue = stream.epilogue();
+        ops::matmul(recorder, &states, &self.logits, pass.logits, epilogue)
     }
 }
 
 /// One pass over new tokens.
-struct Pass<'a> {
-    chunk: &'a Chunk,
+pub(super) struct Pass<'a> {
+    pub chunk: &'a Chunk,
     /// Positions that each sequence fills with it.
-    lengths: &'a Tensor,
+    pub lengths: &'a Tensor,
     /// The longest context that the keys may come to hold.
-    context: u32,
-    logits: &'a Tensor,
+    pub context: u32,
+    pub logits: &'a Tensor,
     /// Where each layer's weights go, if anywhere.
-    attentions: &'a [Tensor],
+    pub attentions: &'a [Tensor],
+    /// Where sequences lie in pages.
+    pub paged: Option<Paged<'a>>,
 }
 
 fn load(mut reader: Reader, spec: &CausalSpec, names: &CausalNames) -> Result<CausalModel> {

@@ -7,6 +7,7 @@ mod gguf;
 mod llama;
 mod load;
 mod marian;
+mod paged;
 mod reader;
 mod rope;
 mod weights;
@@ -14,6 +15,7 @@ mod weights;
 pub use causal::{CausalForward, CausalModel, CausalSpec, Chunk, Wanted};
 pub use files::Source;
 pub use gguf::{Columns, Outline, OutlineScaling, matrix};
+pub use paged::PagedStep;
 pub use rope::{Rope, RopeScaling, yarn_attention_factor};
 #[cfg(fuzzing)]
 pub use weights::fuzz_safetensors;

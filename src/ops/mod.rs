@@ -81,10 +81,14 @@ pub struct Epilogue<'a> {
     pub gated: bool,
     /// Added last. As the result
     pub residual: Option<&'a Tensor>,
+    /// One kernel with one tile, however many rows: the bits of a row do not change with how many others there are.
+    pub batch_invariant: bool,
 }
 
 /// How many rows make `matmul` the better kernel than `matvec`.
 const MANY_ROWS: u32 = 5;
+/// Rows of a thread of `matmul` where there are not many more, or it must not depend on how many.
+const FEW_ROWS: u32 = 4;
 
 /// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`, or `[M, N / 2]` where gated.
 pub fn matmul(
@@ -127,15 +131,17 @@ pub fn matmul(
     if let Some(residual) = epilogue.residual {
         holds("a residual", residual, x.dtype, results)?;
     }
+    let vector = m < MANY_ROWS && !epilogue.batch_invariant;
     let rows = match m {
+        _ if epilogue.batch_invariant => FEW_ROWS,
         0..MANY_ROWS => m.next_power_of_two(),
-        MANY_ROWS..32 => 4,
+        MANY_ROWS..32 => FEW_ROWS,
         _ => 8,
     };
-    let per_group = if m < MANY_ROWS { rows } else { 4 * rows };
+    let per_group = if vector { rows } else { 4 * rows };
     let types = [x.dtype, linear.weight.values().dtype, y.dtype];
     let software = recorder.gpu().caps().software;
-    let mut shader = Shader::new(if m < MANY_ROWS { "matvec" } else { "matmul" })
+    let mut shader = Shader::new(if vector { "matvec" } else { "matmul" })
         .with("F16", types.contains(&DType::F16))
         .with("T", x.dtype.name())
         .with("O_TYPE", y.dtype.name())
@@ -149,7 +155,7 @@ pub fn matmul(
             epilogue.activation.map_or("none", Activation::wgsl),
         );
     shader = linear.weight.constants(shader, software);
-    if m < MANY_ROWS {
+    if vector {
         let slices = match (linear.weight.storage(), software) {
             (Storage::F32 | Storage::F16, _) | (_, true) => 4u32,
             (_, false) => 8,

@@ -1,0 +1,407 @@
+//! Continuous batching (Orca, Yu et al. 2022): requests join and leave between steps, which mix chunks of prompts
+//! with single tokens.
+
+use std::collections::VecDeque;
+
+use super::{CausalSettings, Sequence, read_choices};
+use crate::cache::{Keep, PagedCache, SequenceId};
+use crate::gpu::{DType, Recorder, Tensor};
+use crate::model::CausalModel;
+use crate::ops::{self, Choice};
+use crate::{Error, Result};
+
+/// What a batch may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchSettings {
+    /// Pages of the cache, which all sequences share.
+    pub pages: u32,
+    /// Positions of a page.
+    pub page_len: u32,
+    /// How keys and values are stored.
+    pub types: [DType; 2],
+    /// The most tokens that a step computes.
+    pub budget: u32,
+    /// The most sequences that run at a time; the others wait. A budget of fewer tokens bounds them too.
+    pub max_sequences: u32,
+}
+
+/// A request of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(u64);
+
+/// What a step brings.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A token is written.
+    Token {
+        /// For this request.
+        request: RequestId,
+        /// The token.
+        token: u32,
+        /// The logarithm of its probability.
+        logprob: f32,
+    },
+    /// A text has ended: by an end token, or as long as it may be.
+    Finished {
+        /// This request's.
+        request: RequestId,
+        /// All of it; the score is the sum of log-probabilities.
+        sequence: Sequence,
+    },
+    /// A request cannot be honoured; the others go on.
+    Failed {
+        /// This one.
+        request: RequestId,
+        /// Why.
+        error: Error,
+    },
+}
+
+struct Request {
+    id: RequestId,
+    /// The prompt and what is written behind it.
+    text: Vec<u32>,
+    prompt: usize,
+    score: f32,
+    settings: CausalSettings,
+}
+
+struct Running {
+    request: Request,
+    cached: SequenceId,
+}
+
+/// Goes on with any number of prompts at once, greedily. First come, first served: each step takes a token of every
+/// running sequence, and fills its budget with chunks of prompts. Where pages run out, the youngest sequence gives
+/// its own up and is computed anew later. What is written for a prompt is the same, bit for bit, whatever stands beside it.
+pub struct Batch<'m> {
+    model: &'m CausalModel,
+    settings: BatchSettings,
+    keep: Keep,
+    cache: PagedCache,
+    next: u64,
+    /// Front first.
+    waiting: VecDeque<Request>,
+    /// By age: whoever waits is younger.
+    running: Vec<Running>,
+    /// Those that can never fit.
+    refused: Vec<(RequestId, Error)>,
+    preemptions: u64,
+    computed: u64,
+    /// f32 `[most sequences, V]`
+    logits: Tensor,
+    allowed: Tensor,
+    /// u32 `[most sequences, 1, 2]`
+    chosen: Tensor,
+    /// Where the choice goes that the next step takes from the host.
+    ids: Tensor,
+    staging: Tensor,
+}
+
+impl<'m> Batch<'m> {
+    /// An empty batch with its cache.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for settings of zero and for types that the model's heads do not fit,
+    /// [`Error::OutOfMemory`] where the cache does not fit.
+    pub fn new(model: &'m CausalModel, settings: BatchSettings) -> Result<Self> {
+        let (gpu, spec) = (model.gpu(), model.spec());
+        for (name, value) in [
+            ("budget", settings.budget),
+            ("max_sequences", settings.max_sequences),
+        ] {
+            if value == 0 {
+                return Err(Error::refused(name, value, "at least 1"));
+            }
+        }
+        let cache = model.paged_cache(settings.types, settings.pages, settings.page_len)?;
+        // A sequence that runs holds a page, and takes a row of every step.
+        let most = settings
+            .max_sequences
+            .min(settings.budget)
+            .min(settings.pages);
+        // Only what no layer sees any more may go.
+        let windows: Option<Vec<u32>> = spec.windows.iter().copied().collect();
+        let window = windows.and_then(|windows| windows.into_iter().max());
+        let words = spec.vocab.div_ceil(32);
+        let all = vec![u32::MAX; 2 * words as usize];
+        Ok(Batch {
+            keep: Keep { window, first: 0 },
+            cache,
+            next: 0,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            refused: Vec::new(),
+            preemptions: 0,
+            computed: 0,
+            logits: gpu.empty("logits", DType::F32, &[most, spec.vocab])?,
+            allowed: gpu.upload_u32("allowed", &[2, words], &all)?,
+            chosen: gpu.empty("chosen", DType::U32, &[most, 1, 2])?,
+            ids: gpu.empty("ids", DType::U32, &[most])?,
+            staging: gpu.staging(u64::from(most) * 8)?,
+            model,
+            settings: BatchSettings {
+                max_sequences: most,
+                ..settings
+            },
+        })
+    }
+
+    /// Queues a prompt behind those that are there. What is wrong with it, if anything, the next step says: see
+    /// [`Event::Failed`].
+    pub fn add(&mut self, prompt: &[u32], settings: &CausalSettings) -> RequestId {
+        let id = RequestId(self.next);
+        self.next += 1;
+        match self.check(prompt, settings) {
+            Ok(()) => self.waiting.push_back(Request {
+                id,
+                text: prompt.to_vec(),
+                prompt: prompt.len(),
+                score: 0.0,
+                settings: settings.clone(),
+            }),
+            Err(error) => self.refused.push((id, error)),
+        }
+        id
+    }
+
+    /// Whether a request fits if it is alone; then it is done one day.
+    fn check(&self, prompt: &[u32], settings: &CausalSettings) -> Result<()> {
+        let spec = self.model.spec();
+        if let Some(id) = settings.eos.iter().find(|&&id| id >= spec.vocab) {
+            let bound = format!("below the vocabulary's {}", spec.vocab);
+            return Err(Error::refused("an end token", id, bound));
+        }
+        if settings.max_tokens == 0 {
+            return Err(Error::refused("max_tokens", 0, "at least 1"));
+        }
+        if prompt.is_empty() {
+            return Err(Error::refused("a prompt", "empty", "a token at least"));
+        }
+        if let Some(id) = prompt.iter().find(|&&id| id >= spec.vocab) {
+            let bound = format!("the vocabulary has {} tokens", spec.vocab);
+            return Err(Error::refused("a prompt's token", id, bound));
+        }
+        // The last token is written nowhere.
+        let total = prompt.len() as u64 + u64::from(settings.max_tokens) - 1;
+        let what = "a prompt and max_tokens";
+        if total > u64::from(spec.max_positions) {
+            let bound = format!("the model has {} positions", spec.max_positions);
+            return Err(Error::refused(what, total, bound));
+        }
+        let (needs, pages) = (self.pages_of(total), self.settings.pages);
+        if needs > u64::from(pages) {
+            let bound = format!("they take {needs} pages, and the pool has {pages}");
+            return Err(Error::refused(what, total, bound));
+        }
+        Ok(())
+    }
+
+    /// The most pages that a text of so many positions holds at a time.
+    fn pages_of(&self, positions: u64) -> u64 {
+        let page_len = u64::from(self.settings.page_len);
+        let whole = positions.div_ceil(page_len);
+        match self.keep.window {
+            // A chunk and the window before it, anywhere in their pages.
+            Some(window) => {
+                let seen = u64::from(window) - 1 + u64::from(self.settings.budget);
+                whole.min(seen.div_ceil(page_len) + 1)
+            }
+            None => whole,
+        }
+    }
+
+    /// Whether all requests are answered.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty() && self.refused.is_empty()
+    }
+
+    /// How often a sequence has given its pages up for others.
+    pub fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+
+    /// Tokens that all steps have computed: those of preempted sequences again, those of shared beginnings once.
+    pub fn computed(&self) -> u64 {
+        self.computed
+    }
+
+    /// The cache, for its accounts.
+    pub fn cache(&self) -> &PagedCache {
+        &self.cache
+    }
+
+    /// One step: one encoder, one submission, and a few bytes back. Without running or waiting requests it does
+    /// nothing.
+    ///
+    /// # Errors
+    /// What the device answers. No request is lost: all that ran wait again, to be computed anew.
+    pub fn step(&mut self) -> Result<Vec<Event>> {
+        let refused = std::mem::take(&mut self.refused);
+        let failed = |(request, error)| Event::Failed { request, error };
+        let mut events: Vec<Event> = refused.into_iter().map(failed).collect();
+        if self.waiting.is_empty() && self.running.is_empty() {
+            return Ok(events);
+        }
+        match self.advance(&mut events) {
+            Ok(()) => Ok(events),
+            Err(error) => {
+                // What was to be computed may not be there.
+                while !self.running.is_empty() {
+                    self.suspend()?;
+                }
+                for event in events {
+                    if let Event::Failed { request, error } = event {
+                        self.refused.push((request, error));
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The youngest running sequence waits again, before all others.
+    fn suspend(&mut self) -> Result<()> {
+        if let Some(Running { request, cached }) = self.running.pop() {
+            self.waiting.push_front(request);
+            self.cache.remove(cached)?;
+        }
+        Ok(())
+    }
+
+    /// Makes room for a step's tokens; the answer is how many each sequence has, by age.
+    fn schedule(&mut self, recorder: &mut Recorder) -> Result<Vec<(SequenceId, u32)>> {
+        let mut todo = Vec::with_capacity(self.running.len());
+        for running in &self.running {
+            let done = self.cache.len(running.cached)?;
+            todo.push(running.request.text.len() as u32 - done);
+        }
+        // Single tokens first, then chunks, by age.
+        let singles = todo.iter().filter(|&&n| n == 1).count() as u32;
+        let mut left = self.settings.budget - singles;
+        for n in todo.iter_mut().filter(|n| **n > 1) {
+            *n = left.min(*n);
+            left -= *n;
+        }
+        let before = self.preemptions;
+        let mut new = Vec::new();
+        let mut at = 0;
+        while at < self.running.len() {
+            let (n, Running { request, cached }) = (todo[at], &self.running[at]);
+            let done = self.cache.len(*cached)? as usize;
+            let tokens = &request.text[done..done + n as usize];
+            match self.cache.append(recorder, *cached, tokens) {
+                Ok(()) => {
+                    new.extend((n > 0).then_some((*cached, n)));
+                    at += 1;
+                }
+                // Those after it have taken nothing in this step.
+                Err(Error::OutOfMemory(_)) if self.running.len() > 1 => {
+                    self.suspend()?;
+                    self.preemptions += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if self.preemptions > before {
+            return Ok(new);
+        }
+        while left > 0 && (self.running.len() as u32) < self.settings.max_sequences {
+            let Some(request) = self.waiting.pop_front() else {
+                break;
+            };
+            let cached = self.cache.start(&request.text, self.keep);
+            let done = self.cache.len(cached)?;
+            let shared = u64::from(done / self.settings.page_len);
+            // Room for all of its text, or it would soon give up what it has.
+            let needs = self.pages_of(request.text.len() as u64);
+            if needs.saturating_sub(shared) > u64::from(self.cache.free_pages()) {
+                self.cache.remove(cached)?;
+                self.waiting.push_front(request);
+                break;
+            }
+            let n = left.min(request.text.len() as u32 - done);
+            let tokens = &request.text[done as usize..][..n as usize];
+            let appended = self.cache.append(recorder, cached, tokens);
+            self.running.push(Running { request, cached });
+            appended?;
+            new.push((cached, n));
+            left -= n;
+        }
+        Ok(new)
+    }
+
+    fn advance(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        let (gpu, vocab) = (self.model.gpu(), self.model.spec().vocab);
+        let mut recorder = Recorder::new(gpu);
+        let new = self.schedule(&mut recorder)?;
+        let n = new.len() as u32;
+        let logits = self.logits.reshape_prefix(&[n, vocab]);
+        let chosen = self.chosen.reshape_prefix(&[n, 1, 2]);
+        let step = self.model.paged_step(&self.cache, &new)?;
+        self.model
+            .record_paged_step(&mut recorder, &self.cache, &step, &logits)?;
+        let choice = Choice {
+            logits: &logits,
+            allowed: &self.allowed,
+            lengths: step.lengths(),
+            chosen: &chosen,
+            ids: &self.ids,
+            renormalize: false,
+        };
+        ops::choose(&mut recorder, choice)?;
+        recorder.copy(&chosen, self.staging.buffer(), 0);
+        let recording = recorder.finish()?;
+        let read = |bytes: &[u8]| read_choices(bytes, 1, vocab);
+        let choices = gpu.run_and_read(&recording, &self.staging, read)?;
+
+        self.computed += new.iter().map(|&(_, n)| u64::from(n)).sum::<u64>();
+        let mut choices = new.iter().zip(choices).peekable();
+        let mut running = Vec::with_capacity(self.running.len());
+        for Running {
+            mut request,
+            cached,
+        } in std::mem::take(&mut self.running)
+        {
+            let choice = choices.next_if(|((id, _), _)| *id == cached);
+            let whole = self.cache.len(cached)? as usize == request.text.len();
+            let Some((_, choice)) = choice.filter(|_| whole) else {
+                // Its prompt is not read to the end yet.
+                running.push(Running { request, cached });
+                continue;
+            };
+            let id = request.id;
+            let Some(&(token, logprob)) = choice.first().filter(|(_, p)| p.is_finite()) else {
+                self.cache.remove(cached)?;
+                let n = request.text.len() - request.prompt + 1;
+                let error = Error::Device(format!("token {n}: the logits are not finite"));
+                events.push(Event::Failed { request: id, error });
+                continue;
+            };
+            request.text.push(token);
+            request.score += logprob;
+            events.push(Event::Token {
+                request: id,
+                token,
+                logprob,
+            });
+            let written = &request.text[request.prompt..];
+            let full = written.len() == request.settings.max_tokens as usize;
+            if full || request.settings.eos.contains(&token) {
+                self.cache.remove(cached)?;
+                let sequence = Sequence {
+                    tokens: written.to_vec(),
+                    score: request.score,
+                };
+                events.push(Event::Finished {
+                    request: id,
+                    sequence,
+                });
+            } else {
+                running.push(Running { request, cached });
+            }
+        }
+        self.running = running;
+        Ok(())
+    }
+}

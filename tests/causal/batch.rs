@@ -1,0 +1,525 @@
+//! Steps over sequences in pages, and the scheduler over them: beside the contiguous cache, and bit for bit beside
+//! themselves in other company.
+
+use std::collections::BTreeMap;
+
+use qkv::Error;
+use qkv::cache::{Keep, PagedCache, SequenceId};
+use qkv::generate::{Batch, BatchSettings, CausalSettings, Event, RequestId, Sequence};
+use qkv::gpu::{DType, Recorder};
+use qkv::model::{CausalModel, CausalSpec, RopeScaling};
+
+use crate::compare::{Tolerance, compare_rows};
+use crate::maker::{make, specs};
+use crate::{exact, generate, gpu, in_context, tokens};
+
+/// A pool of nothing but NaN: what was not written may not be read.
+fn pool(model: &CausalModel, types: [DType; 2], pages: u32, page_len: u32) -> PagedCache {
+    let cache = model.paged_cache(types, pages, page_len).unwrap();
+    for layer in 0..model.spec().layers as usize {
+        for tensor in cache.layer(layer) {
+            let nan = vec![f32::NAN; tensor.len() as usize];
+            let (dtype, shape) = (tensor.dtype(), tensor.shape());
+            let poison = gpu().upload_floats("nan", dtype, shape, &nan).unwrap();
+            gpu().write(tensor, &gpu().read(&poison).unwrap()).unwrap();
+        }
+    }
+    cache
+}
+
+/// A step over the next tokens of sequences: the logits of each one's last. `[S, V]`
+fn step(model: &CausalModel, cache: &mut PagedCache, new: &[(SequenceId, &[u32])]) -> Vec<f32> {
+    let mut recorder = Recorder::new(gpu());
+    let mut counts = Vec::new();
+    for &(id, tokens) in new {
+        cache.append(&mut recorder, id, tokens).unwrap();
+        counts.push((id, tokens.len() as u32));
+    }
+    let step = model.paged_step(cache, &counts).unwrap();
+    let shape = [new.len() as u32, model.spec().vocab];
+    let out = gpu().empty("logits", DType::F32, &shape).unwrap();
+    model
+        .record_paged_step(&mut recorder, cache, &step, &out)
+        .unwrap();
+    gpu().run(&recorder.finish().unwrap()).unwrap();
+    gpu().read_floats(&out).unwrap()
+}
+
+/// New tokens of each of three sequences by step; none where one takes no part.
+const STEPS: [[usize; 3]; 7] = [
+    [6, 3, 0],
+    [2, 0, 1],
+    [1, 5, 1],
+    [1, 1, 1],
+    [0, 1, 7],
+    [4, 1, 1],
+    [1, 1, 1],
+];
+
+fn compare_steps(
+    model: &CausalModel,
+    oracle: &qkv::reference::CausalStack,
+    types: [DType; 2],
+    page_len: u32,
+    tol: Tolerance,
+) -> Result<f64, String> {
+    let vocab = model.spec().vocab as usize;
+    // Room for two texts of 17 tokens and one shorter, whatever the pages.
+    let pages = 3 * 20u32.div_ceil(page_len);
+    let mut cache = pool(model, types, pages, page_len);
+    let context = (pages * page_len).min(model.spec().max_positions);
+    let oracle = in_context(oracle, model.spec(), context as usize);
+    let total = |s: usize| STEPS.iter().map(|step| step[s]).sum();
+    let texts = tokens(3, &[0, 1, 2].map(total), model.spec().vocab);
+    let want: Vec<Vec<f64>> = texts.iter().map(|text| oracle.forward(text, 1).0).collect();
+    let ids = [0, 1, 2].map(|s| cache.start(&texts[s], Keep::default()));
+    let mut worst = 0f64;
+    let mut ends = [0; 3];
+    for counts in STEPS {
+        let there: Vec<usize> = (0..3).filter(|&s| counts[s] > 0).collect();
+        let new: Vec<(SequenceId, &[u32])> = there
+            .iter()
+            .map(|&s| (ids[s], &texts[s][ends[s]..][..counts[s]]))
+            .collect();
+        let got = step(model, &mut cache, &new);
+        for (&s, got) in there.iter().zip(got.chunks(vocab)) {
+            ends[s] += counts[s];
+            let want = &want[s][(ends[s] - 1) * vocab..][..vocab];
+            worst = worst.max(compare_rows("logits", got, want, vocab, tol)?);
+        }
+    }
+    Ok(worst)
+}
+
+#[test]
+fn steps_over_pages_equal_the_whole() {
+    for (name, spec) in specs() {
+        let (model, oracle) = make(gpu(), &spec, DType::F32);
+        for page_len in [1, 5, 16] {
+            let worst = compare_steps(&model, &oracle, [DType::F32; 2], page_len, exact())
+                .unwrap_or_else(|e| panic!("{name}, pages of {page_len}: {e}"));
+            println!("{name}, pages of {page_len}: {worst:.3} of the tolerance");
+        }
+        let mut other = oracle.clone();
+        other.rope.frequencies[0] *= 1.01;
+        other.layers[0].window = Some(2);
+        let wrong = compare_steps(&model, &other, [DType::F32; 2], 5, exact());
+        assert!(wrong.is_err(), "{name}: another stack is objected to");
+    }
+}
+
+/// A stack whose heads are whole blocks, and texts of up to 80 tokens fit.
+fn wide() -> CausalSpec {
+    let (_, mut spec) = specs().swap_remove(0);
+    spec.heads.head_dim = 32;
+    spec.max_positions = 80;
+    spec
+}
+
+#[test]
+fn steps_over_quantized_pages_stay_near_the_whole() {
+    let (model, oracle) = make(gpu(), &wide(), DType::F32);
+    // Keys and values are rounded by 1 / 254 of a block's largest, in each of two layers.
+    let tol = Tolerance {
+        atol: 0.1,
+        rtol: 0.1,
+    };
+    for page_len in [1, 5, 16] {
+        let types = [DType::Q8_0; 2];
+        compare_steps(&model, &oracle, types, page_len, tol).unwrap();
+        assert!(
+            compare_steps(&model, &oracle, types, page_len, exact()).is_err(),
+            "it is rounded"
+        );
+    }
+}
+
+#[test]
+fn a_sequences_logits_are_the_same_bits_in_any_company() {
+    for (name, spec) in specs() {
+        // Its base would grow with the pool.
+        if matches!(spec.rope.scaling, RopeScaling::Dynamic { .. }) {
+            continue;
+        }
+        let (model, _) = make(gpu(), &spec, DType::F32);
+        let vocab = spec.vocab as usize;
+        let texts = tokens(8, &[18, 20, 13, 1, 7, 16], spec.vocab);
+        let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        // The first text token by token, alone.
+        let mut cache = pool(&model, [DType::F32; 2], 18, 1);
+        let id = cache.start(&texts[0], Keep::default());
+        let alone: Vec<Vec<u32>> = texts[0]
+            .chunks(1)
+            .map(|token| bits(&step(&model, &mut cache, &[(id, token)])))
+            .collect();
+        // Cut otherwise, beside others before and behind it, in pages of other sizes.
+        for (page_len, cuts) in [
+            (5u32, vec![18]),
+            (16, vec![3, 9, 1, 5]),
+            (3, vec![1, 16, 1]),
+        ] {
+            let mut cache = pool(
+                &model,
+                [DType::F32; 2],
+                6 * 20u32.div_ceil(page_len),
+                page_len,
+            );
+            let ids: Vec<SequenceId> = texts
+                .iter()
+                .map(|text| cache.start(text, Keep::default()))
+                .collect();
+            let mut end = 0;
+            for (ix, cut) in cuts.into_iter().enumerate() {
+                let mut new: Vec<(SequenceId, &[u32])> = (1..texts.len())
+                    .filter_map(|s| Some((ids[s], texts[s].chunks(4 + s).nth(ix)?)))
+                    .collect();
+                let at = ix.min(new.len());
+                new.insert(at, (ids[0], &texts[0][end..][..cut]));
+                end += cut;
+                let got = step(&model, &mut cache, &new);
+                let got = bits(&got[at * vocab..][..vocab]);
+                assert_eq!(got, alone[end - 1], "{name}, pages of {page_len}, to {end}");
+            }
+        }
+    }
+}
+
+#[test]
+fn long_neighbours_change_no_bit() {
+    let (_, mut spec) = specs().swap_remove(0);
+    spec.max_positions = 4096;
+    let (model, _) = make(gpu(), &spec, DType::F32);
+    // Attention takes the keys of the longest in one part, two and three.
+    let texts = tokens(12, &[20, 1030, 2060], spec.vocab);
+    let vocab = spec.vocab as usize;
+    let run = |there: &[usize], chunk: usize| -> Vec<Vec<u32>> {
+        let mut cache = pool(&model, [DType::F32; 2], 200, 16);
+        let ids: Vec<SequenceId> = there
+            .iter()
+            .map(|&s| cache.start(&texts[s], Keep::default()))
+            .collect();
+        let mut last = vec![Vec::new(); there.len()];
+        let longest = there.iter().map(|&s| texts[s].len()).max().unwrap();
+        // All ends meet in the last step.
+        let mut from = 0;
+        while from < longest {
+            let to = (from + chunk).min(longest);
+            let mut rows = Vec::new();
+            let mut new: Vec<(SequenceId, &[u32])> = Vec::new();
+            for (ix, &s) in there.iter().enumerate() {
+                let before = longest - texts[s].len();
+                if to > before {
+                    rows.push(ix);
+                    let own = from.saturating_sub(before)..to - before;
+                    new.push((ids[ix], &texts[s][own]));
+                }
+            }
+            let got = step(&model, &mut cache, &new);
+            for (&ix, got) in rows.iter().zip(got.chunks(vocab)) {
+                last[ix] = got.iter().map(|x| x.to_bits()).collect();
+            }
+            from = to;
+        }
+        last
+    };
+    let all = run(&[0, 1, 2], 687);
+    for s in 0..3 {
+        assert_eq!(run(&[s], 500), [all[s].clone()], "{s}");
+    }
+}
+
+/// What a batch says until it is empty: texts, refusals, and its accounts.
+struct Answers {
+    texts: BTreeMap<RequestId, Sequence>,
+    failed: BTreeMap<RequestId, Error>,
+    preemptions: u64,
+    computed: u64,
+}
+
+fn answers(mut batch: Batch, budget: u32) -> Answers {
+    let mut heard: BTreeMap<RequestId, Sequence> = BTreeMap::new();
+    let (mut texts, mut failed) = (BTreeMap::new(), BTreeMap::new());
+    let mut steps = 0;
+    while !batch.is_empty() {
+        let before = batch.computed();
+        for event in batch.step().unwrap() {
+            match event {
+                Event::Token {
+                    request,
+                    token,
+                    logprob,
+                } => {
+                    let nothing = Sequence {
+                        tokens: Vec::new(),
+                        score: 0.0,
+                    };
+                    let so_far = heard.entry(request).or_insert(nothing);
+                    so_far.tokens.push(token);
+                    so_far.score += logprob;
+                }
+                Event::Finished { request, sequence } => {
+                    assert_eq!(heard[&request], sequence);
+                    assert!(texts.insert(request, sequence).is_none());
+                }
+                Event::Failed { request, error } => {
+                    assert!(failed.insert(request, error).is_none());
+                }
+            }
+        }
+        assert!(batch.computed() - before <= u64::from(budget));
+        steps += 1;
+        assert!(steps < 10_000, "it does not end");
+    }
+    assert_eq!(batch.cache().used_bytes(), 0, "all pages are given back");
+    Answers {
+        texts,
+        failed,
+        preemptions: batch.preemptions(),
+        computed: batch.computed(),
+    }
+}
+
+/// Twelve prompts of 1 to 40 tokens, two of which begin alike.
+fn prompts(vocab: u32) -> Vec<Vec<u32>> {
+    let mut prompts = tokens(9, &[1, 40, 7, 22, 3, 16, 33, 5, 12, 28, 2, 40], vocab);
+    let (first, last) = prompts.split_at_mut(11);
+    last[0][..30].copy_from_slice(&first[1][..30]);
+    prompts
+}
+
+/// Two of the stacks, with room for the prompts: every layer sees all, and windows in every layer.
+fn two() -> [(&'static str, CausalSpec); 2] {
+    [0, 2].map(|ix| {
+        let (name, mut spec) = specs().swap_remove(ix);
+        spec.max_positions = 80;
+        (name, spec)
+    })
+}
+
+#[test]
+fn batches_write_what_each_prompt_gets_alone() {
+    for (name, spec) in two() {
+        let (model, _) = make(gpu(), &spec, DType::F32);
+        let prompts = prompts(spec.vocab);
+        let limits = |ix: usize| CausalSettings {
+            max_tokens: 6 + ix as u32 % 5,
+            eos: vec![ix as u32],
+        };
+        let want: Vec<Sequence> = prompts
+            .iter()
+            .enumerate()
+            .map(|(ix, prompt)| {
+                generate(&model, std::slice::from_ref(prompt), &limits(ix)).remove(0)
+            })
+            .collect();
+        let mut scores: Vec<Option<u32>> = vec![None; prompts.len()];
+        // All the same, whatever the budget, the pages, their number, and who else is there.
+        for (budget, page_len, pages, max_sequences, scarce) in [
+            (16, 4, 200, 1, false),
+            (4, 4, 200, 8, false),
+            (16, 5, 13, 12, true),
+            (64, 16, 4, 8, true),
+            (64, 1, 60, 12, true),
+            (64, 16, 100, 12, false),
+        ] {
+            let what = format!("{name}: budget {budget}, {pages} pages of {page_len}");
+            let settings = BatchSettings {
+                pages,
+                page_len,
+                types: [DType::F32; 2],
+                budget,
+                max_sequences,
+            };
+            let mut batch = Batch::new(&model, settings).unwrap();
+            let ids: Vec<RequestId> = prompts
+                .iter()
+                .enumerate()
+                .map(|(ix, prompt)| batch.add(prompt, &limits(ix)))
+                .collect();
+            let got = answers(batch, budget);
+            assert!(got.failed.is_empty(), "{what}: {:?}", got.failed);
+            for (ix, id) in ids.iter().enumerate() {
+                let text = &got.texts[id];
+                assert_eq!(text.tokens, want[ix].tokens, "{what}, prompt {ix}");
+                assert!((text.score - want[ix].score).abs() < 1e-3, "{what}");
+                // The sum of log-probabilities, bit for bit.
+                let bits = text.score.to_bits();
+                assert_eq!(*scores[ix].get_or_insert(bits), bits, "{what}, prompt {ix}");
+            }
+            println!("{what}: {} preemptions", got.preemptions);
+            // A window gives pages back, so that they last.
+            let windows = spec.windows.iter().all(Option::is_some);
+            // Where all run at once, the beginning that two share is computed once.
+            let all = prompts.iter().map(Vec::len).sum::<usize>() as u64
+                + got
+                    .texts
+                    .values()
+                    .map(|text| text.tokens.len() as u64 - 1)
+                    .sum::<u64>();
+            let shares = !windows && !scarce && max_sequences == 12;
+            let shared = if shares { 30 / page_len * page_len } else { 0 };
+            if got.preemptions == 0 && (windows || shares) {
+                assert_eq!(got.computed, all - u64::from(shared), "{what}");
+            }
+            match (scarce, windows) {
+                (true, false) => assert!(got.preemptions > 0, "{what}"),
+                (false, _) => assert_eq!(got.preemptions, 0, "{what}"),
+                (true, true) => {}
+            }
+        }
+    }
+}
+
+#[test]
+fn what_never_fits_is_refused_alone() {
+    let (_, spec) = two()[0].clone();
+    let (model, _) = make(gpu(), &spec, DType::F32);
+    let settings = BatchSettings {
+        pages: 6,
+        page_len: 5,
+        types: [DType::F32; 2],
+        budget: 8,
+        max_sequences: 3,
+    };
+    let limits = |max_tokens, eos| CausalSettings { max_tokens, eos };
+    let mut batch = Batch::new(&model, settings).unwrap();
+    let good = tokens(10, &[12, 25, 4], spec.vocab);
+    let mut kept = vec![batch.add(&good[0], &limits(5, vec![]))];
+    let refused = [
+        (batch.add(&vec![1; 31], &limits(1, vec![])), "7 pages"),
+        (batch.add(&vec![1; 28], &limits(4, vec![])), "7 pages"),
+        (batch.add(&vec![1; 80], &limits(2, vec![])), "80 positions"),
+        (batch.add(&[], &limits(2, vec![])), "empty"),
+        (batch.add(&[spec.vocab], &limits(2, vec![])), "vocabulary"),
+        (batch.add(&[1], &limits(0, vec![])), "max_tokens"),
+        (batch.add(&[1], &limits(2, vec![spec.vocab])), "end token"),
+    ];
+    kept.push(batch.add(&good[1], &limits(6, vec![])));
+    kept.push(batch.add(&good[2], &limits(5, vec![])));
+    let got = answers(batch, settings.budget);
+    assert_eq!(got.failed.len(), refused.len());
+    for (id, word) in refused {
+        let said = got.failed[&id].to_string();
+        assert!(said.contains(word), "{said}");
+    }
+    for (prompt, id) in good.iter().zip(&kept) {
+        let n = got.texts[id].tokens.len() as u32;
+        let alone = generate(&model, std::slice::from_ref(prompt), &limits(n, vec![]));
+        assert_eq!(alone[0].tokens, got.texts[id].tokens);
+    }
+    for (spoilt, word) in [
+        (
+            BatchSettings {
+                budget: 0,
+                ..settings
+            },
+            "budget",
+        ),
+        (
+            BatchSettings {
+                max_sequences: 0,
+                ..settings
+            },
+            "max_sequences",
+        ),
+        (
+            BatchSettings {
+                page_len: 0,
+                ..settings
+            },
+            "page_len",
+        ),
+        (
+            BatchSettings {
+                pages: 0,
+                ..settings
+            },
+            "pages",
+        ),
+        (
+            BatchSettings {
+                types: [DType::Q8_0; 2],
+                ..settings
+            },
+            "storage",
+        ),
+    ] {
+        let said = Batch::new(&model, spoilt)
+            .err()
+            .expect("a refusal")
+            .to_string();
+        assert!(said.contains(word), "{said}");
+    }
+}
+
+#[test]
+fn a_step_of_a_batch_submits_once() {
+    let (_, spec) = two()[0].clone();
+    // An account of its own: the other tests run meanwhile.
+    let gpu = gpu().narrowed(gpu().caps().clone());
+    let (model, _) = make(&gpu, &spec, DType::F32);
+    let settings = BatchSettings {
+        pages: 12,
+        page_len: 4,
+        types: [DType::F32; 2],
+        budget: 9,
+        max_sequences: 5,
+    };
+    let mut batch = Batch::new(&model, settings).unwrap();
+    let limits = CausalSettings {
+        max_tokens: 5,
+        eos: vec![],
+    };
+    assert!(batch.is_empty() && batch.step().unwrap().is_empty());
+    for prompt in tokens(11, &[14, 3, 20, 9], spec.vocab) {
+        batch.add(&prompt, &limits);
+    }
+    while !batch.is_empty() {
+        let before = gpu.counters().submits;
+        batch.step().unwrap();
+        assert_eq!(gpu.counters().submits, before + 1);
+    }
+}
+
+#[test]
+fn what_a_paged_step_cannot_do_is_refused_by_name() {
+    let (_, spec) = specs().swap_remove(0);
+    let (model, _) = make(gpu(), &spec, DType::F32);
+    let mut cache = model.paged_cache([DType::F32; 2], 24, 2).unwrap();
+    let mut recorder = Recorder::new(gpu());
+    let mut start = |cache: &mut PagedCache, tokens: &[u32]| {
+        let id = cache.start(tokens, Keep::default());
+        cache.append(&mut recorder, id, tokens).unwrap();
+        id
+    };
+    let good = start(&mut cache, &[1, 2, 3]);
+    let (long, strange) = (
+        start(&mut cache, &[1; 33]),
+        start(&mut cache, &[1, spec.vocab]),
+    );
+    let gone = start(&mut cache, &[1]);
+    cache.remove(gone).unwrap();
+    for (new, word) in [
+        (vec![], "sequences"),
+        (vec![(good, 0)], "new tokens is 0"),
+        (vec![(good, 4)], "new tokens is 4"),
+        (vec![(good, 1), (good, 1)], "twice"),
+        (vec![(long, 1)], "32 positions"),
+        (vec![(strange, 1)], "vocabulary"),
+        (vec![(gone, 1)], "dropped"),
+    ] {
+        let said = model.paged_step(&cache, &new).err().expect("a refusal");
+        assert!(said.to_string().contains(word), "{said}");
+    }
+    let step = model.paged_step(&cache, &[(good, 3)]).unwrap();
+    let (_, other) = specs().swap_remove(2);
+    let (other, _) = make(gpu(), &other, DType::F32);
+    let foreign = other.paged_cache([DType::F32; 2], 4, 2).unwrap();
+    let out = gpu().empty("logits", DType::F32, &[1, spec.vocab]).unwrap();
+    let small = gpu().empty("logits", DType::F32, &[1, 4]).unwrap();
+    for (cache, out) in [(&foreign, &out), (&cache, &small)] {
+        let mut recorder = Recorder::new(gpu());
+        let refused = model.record_paged_step(&mut recorder, cache, &step, out);
+        println!("{}", refused.unwrap_err());
+    }
+}
