@@ -1,10 +1,11 @@
 //! Decoder-only models from data: every way in which families differ is in [`CausalSpec`].
 
 use super::load::check_dtype;
-use super::reader::Reader;
+use super::reader::{Reader, Tensors};
 use super::weights::Weights;
-use super::{Padded, Rope, Source, llama};
+use super::{Columns, Outline, Padded, Rope, Source, gguf, llama};
 use crate::cache::{Cache, Extents};
+use crate::gguf::Gguf;
 use crate::gpu::{DType, Gpu, Recorder, Tensor};
 use crate::layers::{CausalLayer, CausalStream, Heads, NewTokens, Paged};
 use crate::ops::{self, Activation, Embedding, Linear, NOWHERE, Norm, Places, QkNorm, Rotary};
@@ -166,8 +167,9 @@ impl Chunk {
 }
 
 impl CausalModel {
-    /// Loads a model: `config.json` and the safetensors files of the source. `progress` hears of bytes taken
-    /// and bytes in all. `dtype` stores weights and activations; softmax state and sums are f32.
+    /// Loads a model: `config.json` and the safetensors files of the source, or a GGUF file. `progress` hears
+    /// of bytes taken and bytes in all. `dtype` stores weights and activations; softmax state and sums are f32.
+    /// Of a GGUF file, matrices stay as [`super::matrix`] says.
     ///
     /// # Errors
     /// [`Error::File`] for a file that is missing, damaged, or contradicts another one; [`Error::Refused`]
@@ -178,6 +180,20 @@ impl CausalModel {
         dtype: DType,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<CausalModel> {
+        if let Source::Gguf(path) = source {
+            check_dtype(gpu, dtype)?;
+            let gguf = Gguf::open(path)?;
+            let spec = Outline::new(gguf.header())?.spec(&gguf)?;
+            spec.check()?;
+            let tensors = Tensors::Gguf { gguf, taken: 0 };
+            let reader = Reader {
+                gpu,
+                dtype,
+                tensors,
+                progress,
+            };
+            return load(reader, &spec, &gguf::NAMES);
+        }
         let path = source.path().join("config.json");
         let spec = llama::spec(&path, &source.json("config.json")?)?;
         CausalModel::load_spec(gpu, source, &spec, dtype, progress)
@@ -200,7 +216,7 @@ impl CausalModel {
         let reader = Reader {
             gpu,
             dtype,
-            weights: Weights::load(source)?,
+            tensors: Tensors::Safetensors(Weights::load(source)?),
             progress,
         };
         load(reader, spec, &llama::NAMES)
@@ -452,14 +468,14 @@ fn load(mut reader: Reader, spec: &CausalSpec, names: &CausalNames) -> Result<Ca
         false => reader.table(names.logits, spec.vocab, d)?,
     };
     // A copy of a tied tensor that some exports save all the same.
-    reader.weights.skip(names.logits);
+    reader.skip(names.logits);
     let mut layers = Vec::new();
     for (ix, &window) in spec.windows.iter().enumerate() {
         let layer = format!("{}.{ix}", names.layer);
         let part = |name: &str| format!("{layer}.{name}");
         let [q, k, v, out] = names.projections.map(part);
         let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
-        reader.weights.skip(&part(names.frequencies));
+        reader.skip(&part(names.frequencies));
         let qk_norm = match spec.qk_norm {
             true => {
                 let mut gamma = Vec::new();
@@ -474,25 +490,31 @@ fn load(mut reader: Reader, spec: &CausalSpec, names: &CausalNames) -> Result<Ca
             }
             false => None,
         };
-        let pair = [part(names.gate), part(names.up)];
+        let pair = [names.gate, names.up].map(|name| (part(name), spec.ffn));
+        let down = [(part(names.down), d)];
         layers.push(CausalLayer {
             attention_norm: norm(&mut reader, part(names.attention_norm))?,
-            qkv: reader.linear(&[(q, queries), (k, keys), (v, keys)], d, spec.qkv_bias)?,
+            qkv: reader.linear(
+                &[(q, queries), (k, keys), (v, keys)],
+                d,
+                Columns::SideBySide,
+                spec.qkv_bias,
+            )?,
             qk_norm,
             window,
-            out: reader.linear(&[(out, d)], queries, spec.out_bias)?,
+            out: reader.linear(&[(out, d)], queries, Columns::SideBySide, spec.out_bias)?,
             feed_forward_norm: norm(&mut reader, part(names.feed_forward_norm))?,
-            gate_up: reader.paired(pair, spec.ffn, d, spec.ffn_bias)?,
+            gate_up: reader.linear(&pair, d, Columns::InTurns, spec.ffn_bias)?,
             activation: spec.activation,
-            down: reader.linear(&[(part(names.down), d)], spec.ffn, spec.ffn_bias)?,
+            down: reader.linear(&down, spec.ffn, Columns::SideBySide, spec.ffn_bias)?,
         });
     }
     let norm = norm(&mut reader, names.norm.to_string())?;
-    let gpu = reader.gpu.clone();
-    reader.weights.finish()?;
+    let (gpu, dtype) = (reader.gpu.clone(), reader.dtype);
+    reader.finish()?;
     Ok(CausalModel {
         spec: spec.clone(),
-        dtype: reader.dtype,
+        dtype,
         embedding: Embedding {
             table,
             vocab: spec.vocab,

@@ -30,11 +30,13 @@ impl Deref for Bytes {
     }
 }
 
-/// A model's directory.
+/// Where a model lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// On disk, as Hugging Face publishes it.
     Directory(PathBuf),
+    /// One file, as llama.cpp reads it: a decoder-only model with its tokenizer.
+    Gguf(PathBuf),
     /// Compiled into the program by the feature `embedded-model`: English to French and Chinese.
     #[cfg(feature = "embedded-model")]
     Embedded,
@@ -57,10 +59,18 @@ const EMBEDDED: &[(&str, &[u8])] = embedded![
 ];
 
 impl Source {
-    /// The directory's path, also for messages about a file in it.
+    /// The model at a path: a GGUF file where that is a file, else a directory.
+    pub fn at(path: PathBuf) -> Source {
+        match path.is_file() {
+            true => Source::Gguf(path),
+            false => Source::Directory(path),
+        }
+    }
+
+    /// The path of the directory or file, also for messages about a file in it.
     pub fn path(&self) -> &Path {
         match self {
-            Source::Directory(path) => path,
+            Source::Directory(path) | Source::Gguf(path) => path,
             #[cfg(feature = "embedded-model")]
             Source::Embedded => Path::new("the embedded model"),
         }
@@ -81,6 +91,10 @@ impl Source {
                 // same for every program that maps its input.
                 let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::file(path, e))?;
                 Ok(Some(Bytes::Mapped(map)))
+            }
+            Source::Gguf(path) => {
+                let what = format_args!("this is one file; a directory with {name} is wanted");
+                Err(Error::file(path, what))
             }
             #[cfg(feature = "embedded-model")]
             Source::Embedded => Ok(EMBEDDED

@@ -4,9 +4,13 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use super::causal::{CausalNames, MAX_POSITIONS};
+use super::reader::{dense, ordered};
+use super::{CausalSpec, Rope, RopeScaling, yarn_attention_factor};
 use crate::gguf::{Blocks, Gguf, Header};
 use crate::gpu::{DType, Gpu};
-use crate::ops::{Matrix, Storage};
+use crate::layers::Heads;
+use crate::ops::{Activation, Matrix, Pairs, Storage};
 use crate::{Error, Result};
 
 /// A decoder-only model of the Llama family as a GGUF file describes it: RMSNorm before each block and at the
@@ -142,6 +146,60 @@ impl Outline {
         };
         outline.check(header)?;
         Ok(outline)
+    }
+
+    /// The model that this describes.
+    ///
+    /// # Errors
+    /// [`Error::File`] for frequencies' factors that are missing or not finite.
+    pub fn spec(&self, gguf: &Gguf) -> Result<CausalSpec> {
+        let scaling = match self.rope_scaling {
+            OutlineScaling::None => RopeScaling::None,
+            OutlineScaling::Linear { factor } => RopeScaling::Linear {
+                factor: factor.into(),
+            },
+            OutlineScaling::Yarn { factor, original } => RopeScaling::Yarn {
+                factor: factor.into(),
+                original,
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+                truncate: true,
+                attention_factor: yarn_attention_factor(factor.into(), 1.0),
+            },
+            OutlineScaling::Factors => {
+                let factors = gguf.floats("rope_freqs.weight", &[self.rope_columns / 2])?;
+                RopeScaling::Factors(factors.into_iter().map(f64::from).collect())
+            }
+        };
+        Ok(CausalSpec {
+            width: self.width,
+            vocab: self.vocab,
+            layers: self.layers,
+            heads: Heads {
+                heads: self.heads,
+                kv_heads: self.kv_heads,
+                head_dim: self.head_dim,
+            },
+            ffn: self.ffn,
+            activation: Activation::Silu,
+            norm_eps: self.norm_eps,
+            qk_norm: self.qk_norm,
+            qkv_bias: self.qkv_bias,
+            out_bias: self.out_bias,
+            ffn_bias: false,
+            windows: vec![self.window; self.layers as usize],
+            rope: Rope {
+                base: self.rope_base.into(),
+                columns: self.rope_columns,
+                pairs: match self.rope_neighbours {
+                    true => Pairs::Neighbours,
+                    false => Pairs::Halves,
+                },
+                scaling,
+            },
+            max_positions: self.max_positions.min(MAX_POSITIONS),
+            tied_logits: self.tied_logits,
+        })
     }
 
     fn check(&self, header: &Header) -> Result<()> {
@@ -358,35 +416,21 @@ pub fn matrix(
     if dtype == DType::F16 && !values.iter().flatten().all(fits) {
         dtype = DType::F32;
     }
-    let k = k as usize;
-    let rows: Vec<Vec<&[f32]>> = values
-        .iter()
-        .map(|part| part.chunks_exact(k).collect())
-        .collect();
-    let rows = ordered(rows, columns);
-    let stride = rows.len().next_multiple_of(4);
-    let mut columns = vec![0.0; k * stride];
-    // Tiles keep both sides of the transposition in the cache.
-    const TILE: usize = 32;
-    for (tile, rows) in rows.chunks(TILE).enumerate() {
-        for from in (0..k).step_by(TILE) {
-            for (ix, row) in rows.iter().enumerate() {
-                for column in from..(from + TILE).min(k) {
-                    columns[column * stride + tile * TILE + ix] = row[column];
-                }
-            }
-        }
-    }
-    let shape = [k as u32, stride as u32];
-    Matrix::dense(gpu.upload_floats(label, dtype, &shape, &columns)?)
+    dense(gpu, label, dtype, &values, k, columns)
 }
 
-/// The rows of all parts in one order.
-fn ordered<T: Copy>(parts: Vec<Vec<T>>, columns: Columns) -> Vec<T> {
-    match columns {
-        Columns::SideBySide => parts.concat(),
-        Columns::InTurns => (0..parts[0].len())
-            .flat_map(|ix| parts.iter().map(move |part| part[ix]))
-            .collect(),
-    }
-}
+/// What tensors are called.
+pub(super) const NAMES: CausalNames = CausalNames {
+    embedding: "token_embd.weight",
+    layer: "blk",
+    attention_norm: "attn_norm",
+    projections: ["attn_q", "attn_k", "attn_v", "attn_output"],
+    qk_norms: ["attn_q_norm", "attn_k_norm"],
+    feed_forward_norm: "ffn_norm",
+    gate: "ffn_gate",
+    up: "ffn_up",
+    down: "ffn_down",
+    norm: "output_norm",
+    logits: "output.weight",
+    frequencies: "rope_freqs",
+};

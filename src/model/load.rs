@@ -1,8 +1,8 @@
 //! From a directory to a model on the device.
 
-use super::reader::Reader;
+use super::reader::{Reader, Tensors};
 use super::weights::Weights;
-use super::{Model, Names, Positions, Source, Spec, Stack, marian};
+use super::{Columns, Model, Names, Positions, Source, Spec, Stack, marian};
 use crate::gpu::{DType, Gpu};
 use crate::layers::{CrossAttention, DecoderLayer, EncoderLayer, FeedForward, SelfAttention};
 use crate::ops::{Embedding, Linear, Matrix, Norm};
@@ -64,7 +64,7 @@ impl Model {
         let reader = Reader {
             gpu,
             dtype,
-            weights: Weights::load(source)?,
+            tensors: Tensors::Safetensors(Weights::load(source)?),
             progress,
         };
         let loader = Loader {
@@ -103,13 +103,13 @@ impl Loader<'_> {
 
         let all_shared = spec.shared_embeddings && spec.tied_logits;
         // Where source and target are said to be shared, exports may still have one each.
-        let fall_back = |weights: &Weights, name| spec.shared_embeddings && !weights.has(name);
-        let own = |weights: &Weights, name| match all_shared || fall_back(weights, name) {
+        let fall_back = |reader: &Reader, name| spec.shared_embeddings && !reader.has(name);
+        let own = |reader: &Reader, name| match all_shared || fall_back(reader, name) {
             true => names.shared_embedding,
             false => name,
         };
-        let source_name = own(&self.reader.weights, names.source_embedding);
-        let target_name = own(&self.reader.weights, names.target_embedding);
+        let source_name = own(&self.reader, names.source_embedding);
+        let target_name = own(&self.reader, names.target_embedding);
         let source_table = self.reader.table(source_name, source_vocab, spec.width)?;
         let target_table = match target_name == source_name {
             true => source_table.clone(),
@@ -126,7 +126,7 @@ impl Loader<'_> {
             names.target_embedding,
             names.logits,
         ] {
-            self.reader.weights.skip(name);
+            self.reader.skip(name);
         }
         let logits_bias = match spec.logits_bias {
             true => Some({
@@ -151,11 +151,12 @@ impl Loader<'_> {
             ),
             false => (None, None),
         };
-        self.reader.weights.finish()?;
+        let (gpu, dtype) = (self.reader.gpu.clone(), self.reader.dtype);
+        self.reader.finish()?;
         Ok(Model {
-            gpu: self.reader.gpu.clone(),
+            gpu,
             spec: spec.clone(),
-            dtype: self.reader.dtype,
+            dtype,
             source,
             encoder,
             encoder_norm,
@@ -174,7 +175,7 @@ impl Loader<'_> {
         let (d, n) = (self.spec.width, self.spec.max_positions);
         let (values, first_position, rows) = match self.spec.positions {
             Positions::Sinusoidal => {
-                self.reader.weights.skip(positions);
+                self.reader.skip(positions);
                 (sinusoidal(n, d), 0, n)
             }
             Positions::Learned { first } => (
@@ -200,7 +201,8 @@ impl Loader<'_> {
     /// Dense layers under one prefix as one, side by side.
     fn linear(&mut self, prefix: &str, names: &[&str], n: u32, k: u32) -> Result<Linear> {
         let layers = names.iter().map(|name| (format!("{prefix}.{name}"), n));
-        self.reader.linear(&layers.collect::<Vec<_>>(), k, true)
+        self.reader
+            .linear(&layers.collect::<Vec<_>>(), k, Columns::SideBySide, true)
     }
 
     fn norm(&mut self, name: &str) -> Result<Norm> {

@@ -171,7 +171,7 @@ pub enum AnyModel {
 }
 
 impl AnyModel {
-    /// Loads whatever the source's `config.json` says it is.
+    /// Loads whatever the source's `config.json` says it is; GGUF files are decoder-only models.
     ///
     /// # Errors
     /// As [`Model::load`] and [`CausalModel::load`]; [`Error::Refused`] for a family that is not known.
@@ -181,6 +181,10 @@ impl AnyModel {
         dtype: DType,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<AnyModel> {
+        if let Source::Gguf(_) = source {
+            let model = CausalModel::load(gpu, source, dtype, progress)?;
+            return Ok(AnyModel::Causal(Box::new(model)));
+        }
         let config = source.json("config.json")?;
         let family = config.get("model_type").and_then(|family| family.as_str());
         Ok(match family {

@@ -1,56 +1,91 @@
 //! Weights from their files onto the device, laid out for the kernels.
 
 use super::weights::Weights;
+use super::{Columns, gguf};
 use crate::Result;
+use crate::gguf::Gguf;
 use crate::gpu::{DType, Gpu, Tensor};
 use crate::ops::{Linear, Matrix};
 
 /// Takes tensors by name, and tells how far it has got.
 pub(super) struct Reader<'a> {
     pub gpu: &'a Gpu,
-    /// How matrices are stored.
+    /// How matrices of floats are stored.
     pub dtype: DType,
-    pub weights: Weights,
+    pub tensors: Tensors,
     pub progress: &'a mut dyn FnMut(u64, u64),
 }
 
+/// The files that tensors come from.
+pub(super) enum Tensors {
+    Safetensors(Weights),
+    /// With the bytes taken so far.
+    Gguf {
+        gguf: Gguf,
+        taken: u64,
+    },
+}
+
 impl Reader<'_> {
+    pub fn has(&self, name: &str) -> bool {
+        match &self.tensors {
+            Tensors::Safetensors(weights) => weights.has(name),
+            Tensors::Gguf { gguf, .. } => gguf.header().tensors.contains_key(name),
+        }
+    }
+
+    /// That tensor may be left where it is.
+    pub fn skip(&mut self, name: &str) {
+        if let Tensors::Safetensors(weights) = &mut self.tensors {
+            weights.skip(name);
+        }
+    }
+
+    /// An error if a tensor was not asked for. What a GGUF file has was held against its metadata.
+    pub fn finish(self) -> Result<()> {
+        match self.tensors {
+            Tensors::Safetensors(weights) => weights.finish(),
+            Tensors::Gguf { .. } => Ok(()),
+        }
+    }
+
+    /// A tensor as floats.
     pub fn take(&mut self, name: &str, shape: &[u32]) -> Result<Vec<f32>> {
-        let values = self.weights.take(name, shape)?;
-        let (done, all) = self.weights.progress();
-        (self.progress)(done, all);
+        let values = match &mut self.tensors {
+            Tensors::Safetensors(weights) => weights.take(name, shape)?,
+            Tensors::Gguf { gguf, .. } => gguf.floats(name, shape)?,
+        };
+        self.took(&[name]);
         Ok(values)
     }
 
-    /// Matrices `[N, K]`, each of its own N, as products read them, side by side: `[K, sum of N rounded up
-    /// to 4]`.
-    pub fn columns(&mut self, label: &str, matrices: &[Vec<f32>], k: u32) -> Result<Matrix> {
-        let k = k as usize;
-        let rows = |matrix: &Vec<f32>| matrix.len() / k;
-        let stride = matrices.iter().map(rows).sum::<usize>();
-        let stride = stride.next_multiple_of(4);
-        let mut columns = vec![0.0f32; k * stride];
-        // Tiles keep both sides of the transposition in the cache.
-        const TILE: usize = 32;
-        let mut from = 0;
-        for matrix in matrices {
-            let n = rows(matrix);
-            for row_from in (0..n).step_by(TILE) {
-                for column_from in (0..k).step_by(TILE) {
-                    for row in row_from..(row_from + TILE).min(n) {
-                        for column in column_from..(column_from + TILE).min(k) {
-                            columns[column * stride + from + row] = matrix[row * k + column];
-                        }
-                    }
-                }
+    fn took(&mut self, names: &[&str]) {
+        let (done, all) = match &mut self.tensors {
+            Tensors::Safetensors(weights) => weights.progress(),
+            Tensors::Gguf { gguf, taken } => {
+                let infos = &gguf.header().tensors;
+                let of = names.iter().filter_map(|&name| infos.get(name));
+                *taken += of.map(|info| info.range.len() as u64).sum::<u64>();
+                let all = infos.values().map(|info| info.range.len() as u64);
+                (*taken, all.sum())
             }
-            from += n;
+        };
+        (self.progress)(done, all);
+    }
+
+    /// Tensors `[N, K]`, each of its own N, as one matrix.
+    fn matrix(&mut self, names: &[(String, u32)], k: u32, columns: Columns) -> Result<Matrix> {
+        if let Tensors::Gguf { gguf, .. } = &self.tensors {
+            let matrix = gguf::matrix(self.gpu, gguf, names, k, columns, self.dtype)?;
+            let names: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
+            self.took(&names);
+            return Ok(matrix);
         }
-        let shape = [k as u32, stride as u32];
-        Matrix::dense(
-            self.gpu
-                .upload_floats(label, self.dtype, &shape, &columns)?,
-        )
+        let mut parts = Vec::new();
+        for (name, n) in names {
+            parts.push(self.take(name, &[*n, k])?);
+        }
+        dense(self.gpu, &names[0].0, self.dtype, &parts, k, columns)
     }
 
     /// f32 values, padded with zeros to whole fours.
@@ -68,55 +103,75 @@ impl Reader<'_> {
 
     /// An embedding table `[V, d]`, laid out for the logits' product.
     pub fn table(&mut self, name: &str, vocab: u32, width: u32) -> Result<Matrix> {
-        let values = self.take(name, &[vocab, width])?;
-        self.columns(name, &[values], width)
+        self.matrix(&[(name.to_string(), vocab)], width, Columns::SideBySide)
     }
 
-    /// Dense layers as one, side by side: each `name`.weight `[n, k]` and, with `biased`, `name`.bias `[n]`.
-    pub fn linear(&mut self, layers: &[(String, u32)], k: u32, biased: bool) -> Result<Linear> {
-        let mut matrices = Vec::new();
-        let mut bias = Vec::new();
-        for (name, n) in layers {
-            matrices.push(self.take(&format!("{name}.weight"), &[*n, k])?);
-            if biased {
-                bias.extend(self.take(&format!("{name}.bias"), &[*n])?);
-            }
-        }
-        let label = &layers[0].0;
-        Ok(Linear {
-            weight: self.columns(label, &matrices, k)?,
-            bias: match biased {
-                true => Some(self.padded(label, bias)?),
-                false => None,
-            },
-            n: layers.iter().map(|(_, n)| n).sum(),
-        })
-    }
-
-    /// Two dense layers as one whose columns are pairs, one of each: `name`.weight `[n, k]` and, with
-    /// `biased`, `name`.bias `[n]`.
-    pub fn paired(&mut self, names: [String; 2], n: u32, k: u32, biased: bool) -> Result<Linear> {
-        let mix = |[a, b]: [Vec<f32>; 2], row: usize| -> Vec<f32> {
-            let rows = a.chunks(row).zip(b.chunks(row));
-            rows.flat_map(|(a, b)| a.iter().chain(b).copied()).collect()
-        };
-        let mut both = |ending: &str, shape: &[u32]| -> Result<[Vec<f32>; 2]> {
-            let [a, b] = &names;
-            let first = self.take(&format!("{a}.{ending}"), shape)?;
-            Ok([first, self.take(&format!("{b}.{ending}"), shape)?])
-        };
-        let matrix = mix(both("weight", &[n, k])?, k as usize);
+    /// Dense layers as one: each `name`.weight `[n, k]` and, with `biased`, `name`.bias `[n]`.
+    pub fn linear(
+        &mut self,
+        layers: &[(String, u32)],
+        k: u32,
+        columns: Columns,
+        biased: bool,
+    ) -> Result<Linear> {
+        let named = |(name, n): &(String, u32)| (format!("{name}.weight"), *n);
+        let weights: Vec<(String, u32)> = layers.iter().map(named).collect();
+        let weight = self.matrix(&weights, k, columns)?;
         let bias = match biased {
-            true => Some(mix(both("bias", &[n])?, 1)),
+            true => {
+                let mut parts = Vec::new();
+                for (name, n) in layers {
+                    parts.push(self.take(&format!("{name}.bias"), &[*n])?);
+                }
+                let rows = parts.iter().map(|part| part.chunks_exact(1).collect());
+                let bias = ordered(rows.collect(), columns).concat();
+                Some(self.padded(&layers[0].0, bias)?)
+            }
             false => None,
         };
         Ok(Linear {
-            weight: self.columns(&names[0], &[matrix], k)?,
-            bias: match bias {
-                Some(bias) => Some(self.padded(&names[0], bias)?),
-                None => None,
-            },
-            n: 2 * n,
+            weight,
+            bias,
+            n: layers.iter().map(|(_, n)| n).sum(),
         })
+    }
+}
+
+/// Parts `[N, K]`, each of its own N, as one matrix of floats as products read it, `[K, sum of N rounded up to 4]`.
+pub(super) fn dense(
+    gpu: &Gpu,
+    label: &str,
+    dtype: DType,
+    parts: &[Vec<f32>],
+    k: u32,
+    columns: Columns,
+) -> Result<Matrix> {
+    let k = k as usize;
+    let rows = parts.iter().map(|part| part.chunks_exact(k).collect());
+    let rows: Vec<&[f32]> = ordered(rows.collect(), columns);
+    let stride = rows.len().next_multiple_of(4);
+    let mut columns = vec![0.0; k * stride];
+    // Tiles keep both sides of the transposition in the cache.
+    const TILE: usize = 32;
+    for (tile, rows) in rows.chunks(TILE).enumerate() {
+        for from in (0..k).step_by(TILE) {
+            for (ix, row) in rows.iter().enumerate() {
+                for column in from..(from + TILE).min(k) {
+                    columns[column * stride + tile * TILE + ix] = row[column];
+                }
+            }
+        }
+    }
+    let shape = [k as u32, stride as u32];
+    Matrix::dense(gpu.upload_floats(label, dtype, &shape, &columns)?)
+}
+
+/// The rows of all parts in one order.
+pub(super) fn ordered<T: Copy>(parts: Vec<Vec<T>>, columns: Columns) -> Vec<T> {
+    match columns {
+        Columns::SideBySide => parts.concat(),
+        Columns::InTurns => (0..parts[0].len())
+            .flat_map(|ix| parts.iter().map(move |part| part[ix]))
+            .collect(),
     }
 }

@@ -20,7 +20,7 @@ pub struct Rope {
 }
 
 /// How frequencies are stretched for contexts longer than those trained on.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
     None,
@@ -62,6 +62,8 @@ pub enum RopeScaling {
         /// The longest context trained on.
         original: u32,
     },
+    /// The frequency of each pair over its own factor, by which GGUF files carry Llama 3's scaling.
+    Factors(Vec<f64>),
 }
 
 impl Rope {
@@ -83,6 +85,14 @@ impl Rope {
         let within = |factor: f64| (1.0..=1e6).contains(&factor);
         let (factor, original) = match self.scaling {
             RopeScaling::None => (1.0, 1),
+            RopeScaling::Factors(ref factors) => {
+                if factors.len() != self.columns as usize / 2 {
+                    let bound = format!("one for each of {} pairs", self.columns / 2);
+                    return refuse("factors", factors.len() as f64, &bound);
+                }
+                let wrong = factors.iter().find(|&&factor| !within(factor));
+                (wrong.copied().unwrap_or(1.0), 1)
+            }
             RopeScaling::Linear { factor } => (factor, 1),
             RopeScaling::Dynamic { factor, original } => {
                 if self.columns < 4 {
@@ -153,7 +163,7 @@ impl Rope {
         // How much of a pair's frequency stays: 1 all of it, 0 what the factor leaves.
         let kept = |pair: f64, frequency: f64| match self.scaling {
             RopeScaling::None | RopeScaling::Dynamic { .. } => 1.0,
-            RopeScaling::Linear { .. } => 0.0,
+            RopeScaling::Linear { .. } | RopeScaling::Factors(_) => 0.0,
             RopeScaling::Yarn {
                 original,
                 beta_fast,
@@ -182,18 +192,19 @@ impl Rope {
                 ((turns - low) / (high - low)).clamp(0.0, 1.0)
             }
         };
-        let factor = match self.scaling {
+        let factor = |pair: usize| match self.scaling {
             RopeScaling::Linear { factor }
             | RopeScaling::Yarn { factor, .. }
             | RopeScaling::Llama3 { factor, .. } => factor,
             RopeScaling::None | RopeScaling::Dynamic { .. } => 1.0,
+            RopeScaling::Factors(ref factors) => factors[pair],
         };
         (0..pairs)
-            .map(|pair| {
-                let pair = f64::from(pair);
+            .map(|ix| {
+                let pair = f64::from(ix);
                 let frequency = base.powf(-pair / n);
                 let kept = kept(pair, frequency);
-                frequency * (kept + (1.0 - kept) / factor)
+                frequency * (kept + (1.0 - kept) / factor(ix as usize))
             })
             .collect()
     }

@@ -6,11 +6,15 @@
 mod batch;
 #[path = "../support/compare.rs"]
 mod compare;
+mod gguf;
 #[path = "../support/grid/mod.rs"]
 mod grid;
 mod kernels;
 mod maker;
 mod transformers;
+#[path = "../gguf/writer.rs"]
+#[expect(dead_code, reason = "no metadata of these files is an array")]
+mod writer;
 
 use std::sync::OnceLock;
 

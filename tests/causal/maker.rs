@@ -165,9 +165,10 @@ pub fn specs() -> Vec<(&'static str, CausalSpec)> {
 }
 
 /// The oracle's word for a scaling, in a context of that length.
-pub fn scaling_of(scaling: RopeScaling, context: usize) -> reference::RopeScaling {
-    match scaling {
-        RopeScaling::None => reference::RopeScaling::None,
+pub fn scaling_of(scaling: &RopeScaling, context: usize) -> reference::RopeScaling {
+    match *scaling {
+        // A file's own factors come on top of plain frequencies.
+        RopeScaling::None | RopeScaling::Factors(_) => reference::RopeScaling::None,
         RopeScaling::Linear { factor } => reference::RopeScaling::Linear { factor },
         RopeScaling::Dynamic { factor, original } => reference::RopeScaling::Dynamic {
             factor,
@@ -204,9 +205,14 @@ pub fn scaling_of(scaling: RopeScaling, context: usize) -> reference::RopeScalin
 
 /// How the oracle turns heads in a context of that length.
 pub fn rope_of(rope: &Rope, context: usize) -> reference::Rope {
-    let scaling = scaling_of(rope.scaling, context);
+    let scaling = scaling_of(&rope.scaling, context);
+    let mut frequencies = rope_frequencies(rope.columns as usize, rope.base, scaling);
+    if let RopeScaling::Factors(factors) = &rope.scaling {
+        let pairs = frequencies.iter_mut().zip(factors);
+        pairs.for_each(|(frequency, factor)| *frequency /= factor);
+    }
     reference::Rope {
-        frequencies: rope_frequencies(rope.columns as usize, rope.base, scaling),
+        frequencies,
         neighbours: rope.pairs == Pairs::Neighbours,
         attention_factor: match rope.scaling {
             RopeScaling::Yarn {

@@ -28,19 +28,19 @@ fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/causal")
 }
 
-struct Golden {
-    dir: PathBuf,
+pub struct Golden {
+    pub dir: PathBuf,
     bytes: Vec<u8>,
 }
 
 impl Golden {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let dir = goldens().join(name);
         let bytes = std::fs::read(dir.join("goldens.safetensors")).unwrap();
         Golden { dir, bytes }
     }
 
-    fn floats(&self, name: &str) -> (Vec<usize>, Vec<f64>) {
+    pub fn floats(&self, name: &str) -> (Vec<usize>, Vec<f64>) {
         let file = SafeTensors::deserialize(&self.bytes).unwrap();
         let view = file.tensor(name).unwrap();
         let words = view.data().as_chunks::<4>().0.iter();
@@ -57,7 +57,7 @@ impl Golden {
         Some(ids.chunks(view.shape()[1]).map(<[u32]>::to_vec).collect())
     }
 
-    fn tokens(&self) -> Padded {
+    pub fn tokens(&self) -> Padded {
         let rows = self.rows("input_ids").unwrap();
         let mask = self.rows("attention_mask").unwrap();
         Padded {
@@ -67,7 +67,7 @@ impl Golden {
         }
     }
 
-    fn model(&self, dtype: DType) -> CausalModel {
+    pub fn model(&self, dtype: DType) -> CausalModel {
         let source = Source::Directory(self.dir.clone());
         match AnyModel::load(gpu(), &source, dtype, &mut |_, _| {}).unwrap() {
             AnyModel::Causal(model) => *model,
@@ -77,7 +77,7 @@ impl Golden {
 }
 
 /// The largest difference between rows of real tokens; `row` is a row's number in `[B, ..., T]`.
-fn worst(got: &[f32], want: &[f64], columns: usize, real: impl Fn(usize) -> bool) -> f64 {
+pub fn worst(got: &[f32], want: &[f64], columns: usize, real: impl Fn(usize) -> bool) -> f64 {
     assert_eq!(got.len(), want.len());
     let rows = got.chunks(columns).zip(want.chunks(columns)).enumerate();
     let mut worst = 0f64;
@@ -236,7 +236,7 @@ fn frequencies_of_every_scaling_equal_transformers_and_the_oracle() {
         let context = must("context") as u32;
         let rotary = rope.rotary(gpu(), context).unwrap();
         let turns = gpu().read_u32(&rotary.turns).unwrap();
-        let oracle = rope_frequencies(dims, rope.base, scaling_of(scaling, context as usize));
+        let oracle = rope_frequencies(dims, rope.base, scaling_of(&rope.scaling, context as usize));
         let theirs = case["frequencies"].as_array().unwrap();
         assert_eq!(
             [turns.len(), oracle.len(), theirs.len()],
