@@ -21,7 +21,7 @@ pub struct BatchSettings {
     pub types: [DType; 2],
     /// The most tokens that a step computes.
     pub budget: u32,
-    /// The most sequences that run at a time; the others wait. A budget of fewer tokens bounds them too.
+    /// The most sequences that run at a time; the others wait. A smaller budget, or fewer pages, bound them too.
     pub max_sequences: u32,
 }
 
@@ -73,7 +73,8 @@ struct Running {
 
 /// Goes on with any number of prompts at once, greedily. First come, first served: each step takes a token of every
 /// running sequence, and fills its budget with chunks of prompts. Where pages run out, the youngest sequence gives
-/// its own up and is computed anew later. What is written for a prompt is the same, bit for bit, whatever stands beside it.
+/// its own up and is computed anew later. What is written for a prompt is the same, bit for bit, whatever stands
+/// beside it.
 pub struct Batch<'m> {
     model: &'m CausalModel,
     settings: BatchSettings,

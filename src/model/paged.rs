@@ -99,8 +99,8 @@ impl CausalModel {
 
     /// One ragged step: appends its tokens to the pages and writes the logits of each sequence's last one, f32
     /// `[S, V]`. They are the same bits whatever other sequences the step holds, however a text is cut
-    /// into steps, and whatever the pages' size. Where the base of rotary positions grows with the context, it is that of
-    /// the longest that the pool holds.
+    /// into steps, and whatever the pages' size. Where the base of rotary positions grows with the context, it is
+    /// that of the longest that the pool holds.
     ///
     /// # Errors
     /// [`Error::Refused`] for a cache of another model's shape, and for logits that do not hold what is written.

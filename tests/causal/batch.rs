@@ -223,8 +223,8 @@ fn long_neighbours_change_no_bit() {
         last
     };
     let all = run(&[0, 1, 2], 687);
-    for s in 0..3 {
-        assert_eq!(run(&[s], 500), [all[s].clone()], "{s}");
+    for (s, all) in all.iter().enumerate() {
+        assert_eq!(run(&[s], 500)[0], *all, "{s}");
     }
 }
 
@@ -386,9 +386,9 @@ fn what_never_fits_is_refused_alone() {
     let good = tokens(10, &[12, 25, 4], spec.vocab);
     let mut kept = vec![batch.add(&good[0], &limits(5, vec![]))];
     let refused = [
-        (batch.add(&vec![1; 31], &limits(1, vec![])), "7 pages"),
-        (batch.add(&vec![1; 28], &limits(4, vec![])), "7 pages"),
-        (batch.add(&vec![1; 80], &limits(2, vec![])), "80 positions"),
+        (batch.add(&[1; 31], &limits(1, vec![])), "7 pages"),
+        (batch.add(&[1; 28], &limits(4, vec![])), "7 pages"),
+        (batch.add(&[1; 80], &limits(2, vec![])), "80 positions"),
         (batch.add(&[], &limits(2, vec![])), "empty"),
         (batch.add(&[spec.vocab], &limits(2, vec![])), "vocabulary"),
         (batch.add(&[1], &limits(0, vec![])), "max_tokens"),
