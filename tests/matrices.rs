@@ -155,6 +155,7 @@ fn product(
         activation: around.then_some(Activation::Silu),
         gated,
         residual: around.then_some(&residual),
+        ..Default::default()
     };
     let x = upload(gpu, dtype, &[m, k], &x);
     let y = result(gpu, dtype, m * columns);
