@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Attention three ways, every answer checked against f64: `qkv attend`, ONNX Runtime WebGPU, torch.
+"""Attention by `qkv attend` and by its peers, every answer checked against f64.
 
     python -m venv ENV && ENV/bin/pip install -r attention-requirements.txt
-    ENV/bin/python attention.py [--shapes 0 decode ...] [--types f32] [--json FILE]
+    cargo build --release --locked --manifest-path burn/Cargo.toml
+    ENV/bin/python attention.py [--burn burn/target/release/burn-attend] [--only ours,ort,burn,ggml,torch]
+                                [--shapes 0 decode ...] [--types f32] [--json FILE]
 
-The three take turns on every shape, so that a change in the machine's load falls on all of them;
+The sides take turns on every shape, so that a change in the machine's load falls on all of them;
 minimum and median are over all calls of a side. What is timed, always after an untimed call:
 
   ours   `qkv attend --time N`, a new process each turn. device: its `times_ms`.
@@ -15,20 +17,31 @@ minimum and median are over all calls of a side. What is timed, always after an 
          Full and cross attention is MultiHeadAttention, causal is GroupQueryAttention without a
          past; both copy K and V into a cache first, and that is in the time. Decode is
          GroupQueryAttention on a cache shared by past and present: one row is written.
+  burn   `burn-attend --time N`, burn 0.22.1 on wgpu in WGSL, in a crate of its own beside this file; a
+         new process each turn. device: timestamps of its own profiler. wall: a call and the wait for
+         it. It has no grouped heads: those of K and V are repeated first, out of the time. --burn-by
+         chooses the kernel: `unit`, its flash attention; `fallback`, separate kernels, faster for one
+         query; `autotune`, what burn's tensors call, which compiles and times them all each turn.
+  ggml   ggml_flash_attn_ext in ggml-vulkan, by the C libraries of two wheels, the last two lines of
+         attention-requirements.txt. One process a shape. wall: one graph_compute, which waits. K and V are
+         of the type named, Q and the answer f32; a causal mask is a tensor. In f32 its shaders are
+         kept from computing in f16 (GGML_VK_DISABLE_F16).
   torch  scaled_dot_product_attention on the CPU: wall only. For one query and grouped heads it may
          fold the group into query rows, where that is the faster form.
 
 A time counts only with a right answer: the largest error, as a part of the root mean square of the
 exact output, must be at most 1e-3 in f32 and 2e-2 in f16. For f16 the inputs are numbers of f16, so
 that rounding them costs nobody anything. How long a first call takes hangs on the driver's cache of
-compiled shaders (Mesa: MESA_SHADER_CACHE_DISABLE=true for none); ORT's may take minutes.
+compiled shaders (Mesa: MESA_SHADER_CACHE_DISABLE=true for none); a peer's may take minutes. A side that gives no
+answer within --timeout, or fails, says so in its line and has no more turns on that shape.
 
-Both GPU sides use the device that the Vulkan loader offers: on Linux, VK_ICD_FILENAMES chooses it.
+All GPU sides use the device that the Vulkan loader offers: on Linux, VK_ICD_FILENAMES chooses it.
 ORT finds no adapter in the software driver of Mesa 22.3; in that of 25.0 it does.
 """
 
 import argparse
 import collections
+import ctypes
 import functools
 import json
 import multiprocessing
@@ -39,7 +52,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -70,7 +83,9 @@ def name(shape):
 def arguments():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--qkv", default="target/release/qkv", help="our program")
-    p.add_argument("--only", default="ours,ort,torch", help="sides, separated by commas")
+    p.add_argument("--burn", help="the program burn-attend")
+    p.add_argument("--burn-by", choices=["unit", "fallback", "autotune"], default="unit", help="burn's kernel")
+    p.add_argument("--only", help=f"of {','.join(SIDES)}; when absent ours,ort,torch, and burn if --burn is given")
     p.add_argument("--shapes", nargs="+", default=[], help="numbers from 0, or text of a name: decode, causal, 1,8,8,1")
     p.add_argument("--types", default="f32,f16", help="separated by commas")
     p.add_argument("--rounds", type=int, default=3, help="turns of each side")
@@ -82,11 +97,13 @@ def arguments():
     args.shapes = [(i, s) for i, s in enumerate(SHAPES) if not args.shapes or wanted(i, s)]
     if not args.shapes:
         p.error("--shapes: none is so called\n" + "\n".join(f"{i}  {name(s)}" for i, s in enumerate(SHAPES)))
-    args.only, args.types = args.only.split(","), args.types.split(",")
+    args.only = args.only.split(",") if args.only else ["ours", "ort"] + ["burn"] * bool(args.burn) + ["torch"]
+    args.types = args.types.split(",")
     if unknown := set(args.only) - set(SIDES) | set(args.types) - set(MOST_ERROR):
         p.error(f"--only, --types: unknown {', '.join(sorted(unknown))}")
-    if "ours" in args.only and not os.path.exists(args.qkv):
-        p.error(f"--qkv {args.qkv}: no such file (build it, or say --only ort,torch)")
+    for side, program in (("ours", args.qkv), ("burn", args.burn or "")):
+        if side in args.only and not os.path.exists(program):
+            p.error(f"{side}: no program {program!r} (build it and give --qkv, --burn, or leave it out of --only)")
     return args
 
 
@@ -122,7 +139,7 @@ def clock(call):
     return 1e3 * (time.perf_counter() - began), gave
 
 
-# ---- The three sides. A side is made once a shape; turn(n) makes about n timed calls and gives
+# ---- The sides. A side is made once a shape; turn(n) makes about n timed calls and gives
 # {device: [ms], wall: [ms], first: ms, out: [B,H,Q,D], about: {}}.
 
 
@@ -139,10 +156,21 @@ class Ours:
         said = json.loads(done.stdout.strip().splitlines()[-1])
         about = {n: x for n, x in said.items() if isinstance(x, str)}
         out = load_file(self.out)["out"]
-        return dict(device=said["times_ms"] or [], wall=[], first=said["first_ms"], out=out, about=about)
+        wall = said.get("wall_ms", [])  # ours gives none
+        device = said["times_ms"] or []
+        if said["clock"] == "host":  # a device without timestamps
+            device, wall = [], wall or device
+        return dict(device=device, wall=wall, first=said["first_ms"], out=out, about=about)
 
     def close(self):
         pass
+
+
+class Burn(Ours):
+    def __init__(self, args, shape, kind, path):
+        super().__init__(args, shape, kind, path)
+        self.command[:2] = [args.burn]
+        self.command += ["--strategy", args.burn_by]
 
 
 class Torch(Ours):
@@ -169,23 +197,21 @@ class Torch(Ours):
         return dict(device=[], wall=wall, first=first, out=out.float().numpy(), about=self.about)
 
 
-class Ort:
-    """In a process of its own, so that a hang or a crash ends only this shape."""
+class Apart:
+    """Takes its turns in a process of its own, so that a hang or a crash ends only this shape."""
 
-    def __init__(self, args, shape, kind, path):
-        self.timeout, self.task = args.timeout, (shape, kind, path)
+    def __init__(self, turn, args, shape, kind, path):
+        self.timeout, self.task = args.timeout, (turn, shape, kind, path)
         self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pid = self.pool.submit(os.getpid).result()
+        self.process = next(p for p in multiprocessing.active_children() if p.pid == pid)
 
     def turn(self, n):
-        return self.pool.submit(ort_turn, *self.task, n).result(self.timeout)
+        return self.pool.submit(*self.task, n).result(self.timeout)
 
     def close(self):
-        for process in multiprocessing.active_children():
-            process.kill()
+        self.process.kill()
         self.pool.shutdown()
-
-
-SIDES = {"ours": Ours, "ort": Ort, "torch": Torch}
 
 
 # ---- ONNX Runtime, in its process.
@@ -287,6 +313,84 @@ def ort_turn(shape, kind, path, n):
         with open("/proc/self/maps") as f:
             about["drivers"] = sorted({os.path.basename(l.split()[-1]) for l in f if "libvulkan_" in l})
     return dict(device=device, wall=wall, first=first, out=out, about=about)
+
+
+# ---- ggml, in its process.
+
+
+@functools.cache
+def ggml_bound(shape, kind, path):
+    """Puts the inputs on the device; the call that runs it and waits, what reads the answer, about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it lists devices
+    os.environ.setdefault("GGML_VK_VISIBLE_DEVICES", "0")  # else it passes over a software device
+    if kind == "f32":
+        os.environ["GGML_VK_DISABLE_F16"] = "1"
+    library = lambda package, file: ctypes.CDLL(f"{distribution(package).locate_file(file)}", ctypes.RTLD_GLOBAL)
+    base = library("loom-py-rt", "loom/libggml-base.so")
+    vulkan = library("loom-py-rt-vulkan", "loom_rt_vulkan/libggml-vulkan.so")
+
+    def c(name, gives, *takes, of=base):
+        f = getattr(of, "ggml_" + name)
+        f.restype, f.argtypes = gives, takes
+        return f
+
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
+
+    class InitParams(ctypes.Structure):
+        _fields_ = [("mem_size", size), ("mem_buffer", pointer), ("no_alloc", ctypes.c_bool)]
+
+    q, k, v = (load_file(path)[n] for n in "qkv")
+    held = [q, k.astype(NUMBER[kind]), v.astype(NUMBER[kind])]
+    if shape.causal:
+        hidden = np.arange(shape.K) > np.arange(shape.Q)[:, None] + shape.K - shape.Q
+        held.append(np.where(hidden, -np.inf, 0).astype(np.float16)[None, None])
+
+    backend = c("backend_vk_init", pointer, size, of=vulkan)(0)
+    if not backend:
+        raise RuntimeError("ggml-vulkan finds no device")
+    context = c("init", pointer, InitParams)(InitParams(1 << 20, None, True))
+    new = c("new_tensor_4d", pointer, pointer, ctypes.c_int, *[ctypes.c_int64] * 4)
+    tensors = [new(context, {"float32": 0, "float16": 1}[a.dtype.name], *a.shape[::-1]) for a in held]
+    attention = c("flash_attn_ext", pointer, *[pointer] * 5, *[number] * 3)
+    out = attention(context, *tensors, *[None] * (4 - len(tensors)), shape.D**-0.5, 0, 0)
+    c("flash_attn_ext_set_prec", None, pointer, ctypes.c_int)(out, 10)  # GGML_PREC_F32
+    if not c("backend_supports_op", ctypes.c_bool, pointer, pointer)(backend, out):
+        raise RuntimeError("ggml-vulkan does not support this attention")
+    if not c("backend_alloc_ctx_tensors", pointer, pointer, pointer)(context, backend):
+        raise RuntimeError("ggml-vulkan has no memory for the tensors")
+    for tensor, a in zip(tensors, held):
+        c("backend_tensor_set", None, pointer, pointer, size, size)(tensor, a.ctypes.data, 0, a.nbytes)
+    graph = c("new_graph", pointer, pointer)(context)
+    c("build_forward_expand", None, pointer, pointer)(graph, out)
+    compute = c("backend_graph_compute", ctypes.c_int, pointer, pointer)
+
+    def call():
+        if status := compute(backend, graph):
+            raise RuntimeError(f"ggml_backend_graph_compute: status {status}")
+
+    def answer():
+        rows = np.empty((shape.B, shape.Q, shape.H, shape.D), np.float32)
+        c("backend_tensor_get", None, pointer, pointer, size, size)(out, rows.ctypes.data, 0, rows.nbytes)
+        return rows.transpose(0, 2, 1, 3)
+
+    device = c("backend_dev_description", ctypes.c_char_p, pointer)(c("backend_get_device", pointer, pointer)(backend))
+    return call, answer, {"version": c("version", ctypes.c_char_p)().decode(), "device": device.decode()}
+
+
+def ggml_turn(shape, kind, path, n):
+    call, answer, about = ggml_bound(shape, kind, path)
+    first, _ = clock(call)
+    wall = [clock(call)[0] for _ in range(n)]
+    return dict(device=[], wall=wall, first=first, out=answer(), about=about)
+
+
+SIDES = {
+    "ours": Ours,
+    "ort": functools.partial(Apart, ort_turn),
+    "burn": Burn,
+    "ggml": functools.partial(Apart, ggml_turn),
+    "torch": Torch,
+}
 
 
 # ---- Taking turns.
