@@ -275,6 +275,8 @@ fn other_variants() -> Vec<Shader> {
                                 ["f16"; 3],
                                 ["f16", "f16", "f32"],
                                 ["f32", "f16", "f32"],
+                                ["f16", "f32", "f16"],
+                                ["f16", "f32", "f32"],
                                 ["f32", "blocks", "f32"],
                                 ["f16", "blocks", "f16"],
                                 ["f16", "blocks", "f32"],
@@ -361,6 +363,15 @@ fn other_variants() -> Vec<Shader> {
             all.push(shader.with("RENORMALIZE", renormalize));
         }
     }
+    for top_k in BOTH {
+        for top_p in BOTH {
+            all.push(
+                Shader::new("sample")
+                    .with("TOP_K", top_k)
+                    .with("TOP_P", top_p),
+            );
+        }
+    }
     for beams in [2u32, 4, 32] {
         all.push(Shader::new("reorder").with("BEAMS", beams));
     }
@@ -374,7 +385,7 @@ fn params_bytes(kernel: &str) -> u32 {
         | "decode_lanes" | "merge" | "block_map" => 240,
         "append" => 48,
         "embed" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" => 16,
+        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "sample" | "combine" => 16,
         other => panic!("{other} is not in the list"),
     }
 }

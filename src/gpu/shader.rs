@@ -83,6 +83,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "prefill",
     "prefill_lanes",
     "reorder",
+    "sample",
     "scores",
     "softmax",
     "values",
