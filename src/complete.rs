@@ -166,7 +166,7 @@ impl Completer {
         // How much of it was heard.
         let mut heard = 0;
         let mut end = End::MaxTokens;
-        while let Some(step) = generator.next() {
+        for step in generator.by_ref() {
             let Some(token) = step?.tokens[0] else { break };
             if self.eos.contains(&token) {
                 end = End::Token(token);

@@ -222,12 +222,12 @@ fn written(which: impl Fn(usize) -> bool) {
 
 #[test]
 fn greedy_texts_are_transformers() {
-    // Two short ones; the test below writes all ten, which takes minutes.
+    // Two short ones; the test below writes all ten, which takes about two minutes.
     written(|ix| ix == 0 || ix == 3);
 }
 
 #[test]
-#[ignore = "minutes on a processor's driver"]
+#[ignore = "two minutes on a processor's driver"]
 fn all_ten_greedy_texts_are_transformers() {
     written(|_| true);
 }
