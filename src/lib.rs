@@ -39,7 +39,8 @@
 //! **Text to text** goes from [`text::Tokenizer`] to [`model::Model::encode`], one step over the whole
 //! source, whose [`model::Memory`] holds the cross-attention's keys and values of every layer, made
 //! once; then a [`generate::Generator`] writes a token a step, each step one submission.
-//! [`translate::Translator`] is the three of them together.
+//! [`translate::Translator`] is the three of them together. Of decoder-only models,
+//! [`complete::Completer`] goes on with a text, greedily or by chance.
 //!
 //! # What holds everywhere
 //!
@@ -53,6 +54,8 @@
 pub mod attention;
 #[cfg(feature = "models")]
 pub mod cache;
+#[cfg(feature = "models")]
+pub mod complete;
 pub mod error;
 #[cfg(feature = "models")]
 pub mod generate;

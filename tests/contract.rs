@@ -186,10 +186,7 @@ fn a_device_with_default_limits_and_no_features_goes_on_with_a_text_the_same() {
         let goldens = format!("{}/tests/goldens/causal/{name}", env!("CARGO_MANIFEST_DIR"));
         let source = Source::Directory(goldens.into());
         let model = CausalModel::load(gpu, &source, DType::F32, &mut |_, _| {}).unwrap();
-        let settings = CausalSettings {
-            max_tokens: 8,
-            eos: Vec::new(),
-        };
+        let settings = CausalSettings::greedy(8, Vec::new());
         let prompts = [vec![5, 9, 31, 7, 0], vec![12]];
         let mut generator = CausalGenerator::new(&model, &prompts, &settings).unwrap();
         generator.by_ref().for_each(|step| drop(step.unwrap()));

@@ -10,6 +10,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
+            "complete",
             "translate",
             "generate",
             "text",
@@ -22,6 +23,10 @@ const ARROWS: &[(&str, &[&str])] = &[
             "gpu",
             "error",
         ],
+    ),
+    (
+        "complete",
+        &["generate", "text", "model", "ops", "gguf", "gpu", "error"],
     ),
     ("translate", &["generate", "text", "model", "gpu", "error"]),
     ("generate", &["model", "cache", "ops", "gpu", "error"]),

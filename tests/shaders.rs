@@ -11,8 +11,8 @@ use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, p
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
 
 /// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 14_406;
-const TEXTS: usize = 11_300;
+const VARIANTS: usize = 14_410;
+const TEXTS: usize = 11_304;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -275,6 +275,8 @@ fn other_variants() -> Vec<Shader> {
                                 ["f16"; 3],
                                 ["f16", "f16", "f32"],
                                 ["f32", "f16", "f32"],
+                                ["f16", "f32", "f16"],
+                                ["f16", "f32", "f32"],
                                 ["f32", "blocks", "f32"],
                                 ["f16", "blocks", "f16"],
                                 ["f16", "blocks", "f32"],
@@ -364,6 +366,15 @@ fn other_variants() -> Vec<Shader> {
         }
     }
     all.push(Shader::new("copy_page"));
+    for top_k in BOTH {
+        for top_p in BOTH {
+            all.push(
+                Shader::new("sample")
+                    .with("TOP_K", top_k)
+                    .with("TOP_P", top_p),
+            );
+        }
+    }
     for beams in [2u32, 4, 32] {
         all.push(Shader::new("reorder").with("BEAMS", beams));
     }
@@ -377,7 +388,8 @@ fn params_bytes(kernel: &str) -> u32 {
         | "decode_lanes" | "merge" | "block_map" => 240,
         "append" => 48,
         "embed" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" | "copy_page" => 16,
+        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" | "copy_page"
+        | "sample" => 16,
         other => panic!("{other} is not in the list"),
     }
 }

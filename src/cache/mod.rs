@@ -37,6 +37,12 @@ pub struct Extents {
 }
 
 impl Cache {
+    /// Bytes of keys and values.
+    pub fn bytes(&self) -> u64 {
+        let blocks = self.k.iter().chain(&self.v);
+        blocks.map(|block| block.len() * block.dtype.size()).sum()
+    }
+
     /// An empty cache; every sequence is about to write its first position.
     pub fn new(gpu: &Gpu, dtype: DType, extents: Extents, shared_histories: bool) -> Result<Self> {
         let shape = [

@@ -4,6 +4,7 @@ mod attend;
 mod devices;
 mod explain;
 mod forward;
+mod generate;
 mod picture;
 mod translate;
 
@@ -36,14 +37,16 @@ enum Command {
     Attend(Box<attend::Options>),
     /// Run a model on token ids, for comparison with other implementations
     Forward(forward::Options),
+    /// Go on with a text by a decoder-only model, or answer it
+    Generate(generate::Options),
     /// List the devices, what they can do, and which one would be taken
     Devices(devices::Options),
 }
 
 #[derive(Args)]
 struct ModelOptions {
-    /// A Hugging Face directory; the embedded model if not given
-    #[arg(long, value_name = "DIR")]
+    /// A Hugging Face directory, or a GGUF file of a decoder-only model; the embedded model if not given
+    #[arg(long, value_name = "DIR|FILE")]
     model: Option<PathBuf>,
     /// How weights and activations are stored
     #[arg(long, value_enum, default_value = "f32")]
@@ -66,7 +69,7 @@ impl ModelOptions {
 
     fn source(&self) -> Result<Source> {
         match &self.model {
-            Some(path) => Ok(Source::Directory(path.clone())),
+            Some(path) => Ok(Source::at(path.clone())),
             #[cfg(feature = "embedded-model")]
             None => Ok(Source::Embedded),
             #[cfg(not(feature = "embedded-model"))]
@@ -97,6 +100,7 @@ pub fn run() -> ExitCode {
         Command::Attend(options) => attend::run(options, device),
         Command::Translate(options) => translate::run(options, device).map(succeed),
         Command::Forward(options) => forward::run(options, device).map(succeed),
+        Command::Generate(options) => generate::run(options, device).map(succeed),
         Command::Devices(options) => devices::run(options, device).map(succeed),
     };
     match done {

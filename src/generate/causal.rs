@@ -1,18 +1,35 @@
-//! Generation by decoder-only models, a step at a time, greedily.
+//! Generation by decoder-only models, a step at a time, greedily or by chance.
 
 use super::{Sequence, Step, read_choices};
 use crate::gpu::{DType, Recorder, Recording, Tensor};
 use crate::model::{CausalModel, Chunk, Padded, Wanted};
-use crate::ops::{self, Choice};
+use crate::ops::{self, Choice, Draw, Sampling};
 use crate::{Error, Result};
 
 /// How decoder-only models go on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CausalSettings {
     /// The most tokens to write for each prompt, the end token included.
     pub max_tokens: u32,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
+    /// How tokens are chosen; [`Sampling::GREEDY`] for the likeliest.
+    pub sampling: Sampling,
+    /// Prompt r draws by `seed` + r and its own length alone: behind another's place or in a batch of its own it
+    /// writes the same with that seed.
+    pub seed: u64,
+}
+
+impl CausalSettings {
+    /// Always the likeliest token.
+    pub fn greedy(max_tokens: u32, eos: Vec<u32>) -> CausalSettings {
+        CausalSettings {
+            max_tokens,
+            eos,
+            sampling: Sampling::GREEDY,
+            seed: 0,
+        }
+    }
 }
 
 /// Goes on with a batch of prompts, one token a step: an iterator of [`Step`]. The first step reads the
@@ -25,6 +42,7 @@ pub struct CausalGenerator<'m> {
     prompts: Option<Recording>,
     step: Recording,
     staging: Tensor,
+    cache_bytes: u64,
     steps: u32,
     ended: Vec<bool>,
     sequences: Vec<Sequence>,
@@ -48,6 +66,7 @@ impl<'m> CausalGenerator<'m> {
             let bound = format!("below the vocabulary's {}", spec.vocab);
             return Err(Error::refused("an end token", id, bound));
         }
+        settings.sampling.check()?;
         let padded = Padded::new(prompts, 0);
         let room = spec.max_positions.saturating_sub(padded.len) as u64 + 1;
         if settings.max_tokens == 0 || settings.max_tokens as u64 > room {
@@ -66,21 +85,62 @@ impl<'m> CausalGenerator<'m> {
         let logits = gpu.empty("logits", DType::F32, &[n, spec.vocab])?;
         let chosen = gpu.empty("chosen", DType::U32, &[n, 1, 2])?;
         let words = spec.vocab.div_ceil(32);
-        let all = vec![u32::MAX; 2 * words as usize];
-        let allowed = gpu.upload_u32("allowed", &[2, words], &all)?;
+        let Sampling {
+            repeat_penalty,
+            temperature,
+            top_k,
+            top_p,
+            ..
+        } = settings.sampling;
+        // The plain kernel finds the likeliest of logits as they are.
+        let chance = temperature > 0.0 || repeat_penalty != 1.0;
+        let bits = match chance {
+            true => {
+                let mut seen = vec![0u32; (n * words) as usize];
+                for (row, prompt) in prompts.iter().enumerate() {
+                    for &token in prompt.as_ref() {
+                        seen[row * words as usize + token as usize / 32] |= 1 << (token % 32);
+                    }
+                }
+                gpu.upload_u32("seen", &[n, words], &seen)?
+            }
+            false => {
+                let all = vec![u32::MAX; 2 * words as usize];
+                gpu.upload_u32("allowed", &[2, words], &all)?
+            }
+        };
+        let seeds = (0..u64::from(n)).map(|row| settings.seed.wrapping_add(row));
+        let rules: Vec<u32> = seeds
+            .flat_map(|seed| settings.sampling.rules(seed))
+            .collect();
+        let rules = gpu.upload_u32("rules", &[n, 8], &rules)?;
         let staging = gpu.staging(chosen.len() * 4)?;
         let record = |chunk: &Chunk| -> Result<Recording> {
             let mut recorder = Recorder::new(gpu);
             model.record_step(&mut recorder, &cache, chunk, &logits)?;
-            let choice = Choice {
-                logits: &logits,
-                allowed: &allowed,
-                lengths: &cache.lengths,
-                chosen: &chosen,
-                ids: &ids,
-                renormalize: false,
-            };
-            ops::choose(&mut recorder, choice)?;
+            if chance {
+                let draw = Draw {
+                    logits: &logits,
+                    rules: &rules,
+                    seen: &bits,
+                    lengths: &cache.lengths,
+                    chosen: &chosen,
+                    ids: &ids,
+                    top_k: top_k > 0,
+                    top_p: top_p < 1.0,
+                };
+                ops::sample(&mut recorder, draw)?;
+            } else {
+                let choice = Choice {
+                    logits: &logits,
+                    allowed: &bits,
+                    lengths: &cache.lengths,
+                    chosen: &chosen,
+                    ids: &ids,
+                    renormalize: false,
+                };
+                ops::choose(&mut recorder, choice)?;
+            }
             recorder.copy(&chosen, staging.buffer(), 0);
             recorder.finish()
         };
@@ -90,6 +150,7 @@ impl<'m> CausalGenerator<'m> {
             model,
             settings: settings.clone(),
             staging,
+            cache_bytes: cache.bytes(),
             steps: 0,
             ended: vec![false; n as usize],
             sequences: vec![
@@ -106,6 +167,11 @@ impl<'m> CausalGenerator<'m> {
     /// Steps taken so far, that over the prompts included.
     pub fn steps(&self) -> u32 {
         self.steps
+    }
+
+    /// Bytes of the keys and values on the device.
+    pub fn cache_bytes(&self) -> u64 {
+        self.cache_bytes
     }
 
     /// Whether every text has ended.

@@ -84,6 +84,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "prefill",
     "prefill_lanes",
     "reorder",
+    "sample",
     "scores",
     "softmax",
     "values",

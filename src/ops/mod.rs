@@ -3,9 +3,11 @@
 
 mod append;
 mod matrix;
+mod sample;
 
 pub use append::{Append, NOWHERE, Pairs, QkNorm, Rotary, Rows, append};
 pub use matrix::{Matrix, Storage};
+pub use sample::{Draw, Sampling, sample};
 
 use crate::gpu::{DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};

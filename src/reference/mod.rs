@@ -8,6 +8,7 @@
 //! - [`attention`] is the operator with every option, and its weights and scores; [`attention_eager`] the same
 //!   as PyTorch computes it in a 16-bit type.
 //! - [`linear`], [`layer_norm`], [`Activation`], [`softmax`], [`top_k`], ... stand around it.
+//! - [`warp`] and [`draw`] are sampling.
 //! - [`Stack`] is an encoder-decoder made of them, [`CausalStack`] a decoder alone, both plain data.
 //!
 //! Feed it what the device sees: inputs already rounded to the storage type.
@@ -17,6 +18,7 @@ mod causal;
 mod eager;
 mod rope;
 mod rows;
+mod sample;
 mod stack;
 
 pub use attention::{Attention, AttentionOut, Offset, attention, expand};
@@ -26,6 +28,7 @@ pub use rope::{Rope, RopeScaling, rope_frequencies, yarn_attention_factor};
 pub use rows::{
     Activation, erf, erfc, layer_norm, linear, log_softmax, rms_norm, sinusoids, softmax, top_k,
 };
+pub use sample::{Warpers, draw, uniform, warp};
 pub use stack::{
     AttentionWeights, DecoderLayer, DecoderOut, EncoderLayer, EncoderOut, FeedForward, Linear,
     Norm, NormPlace, Stack, mask_of_lengths,

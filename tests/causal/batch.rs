@@ -301,10 +301,7 @@ fn batches_write_what_each_prompt_gets_alone() {
     for (name, spec) in two() {
         let (model, _) = make(gpu(), &spec, DType::F32);
         let prompts = prompts(spec.vocab);
-        let limits = |ix: usize| CausalSettings {
-            max_tokens: 6 + ix as u32 % 5,
-            eos: vec![ix as u32],
-        };
+        let limits = |ix: usize| CausalSettings::greedy(6 + ix as u32 % 5, vec![ix as u32]);
         let want: Vec<Sequence> = prompts
             .iter()
             .enumerate()
@@ -381,7 +378,7 @@ fn what_never_fits_is_refused_alone() {
         budget: 8,
         max_sequences: 3,
     };
-    let limits = |max_tokens, eos| CausalSettings { max_tokens, eos };
+    let limits = CausalSettings::greedy;
     let mut batch = Batch::new(&model, settings).unwrap();
     let good = tokens(10, &[12, 25, 4], spec.vocab);
     let mut kept = vec![batch.add(&good[0], &limits(5, vec![]))];
@@ -466,10 +463,7 @@ fn a_step_of_a_batch_submits_once() {
         max_sequences: 5,
     };
     let mut batch = Batch::new(&model, settings).unwrap();
-    let limits = CausalSettings {
-        max_tokens: 5,
-        eos: vec![],
-    };
+    let limits = CausalSettings::greedy(5, vec![]);
     assert!(batch.is_empty() && batch.step().unwrap().is_empty());
     for prompt in tokens(11, &[14, 3, 20, 9], spec.vocab) {
         batch.add(&prompt, &limits);

@@ -361,7 +361,7 @@ fn greedy_generation_follows_the_forward_pass_alone_and_in_a_batch() {
         }
         let (model, _) = make(gpu(), &spec, DType::F32);
         let prompts = tokens(4, &[4, 1, 7], spec.vocab);
-        let settings = |eos| CausalSettings { max_tokens: 8, eos };
+        let settings = |eos| CausalSettings::greedy(8, eos);
         let free = generate(&model, &prompts, &settings(Vec::new()));
         for (prompt, sequence) in prompts.iter().zip(&free) {
             assert_eq!(sequence.tokens.len(), 8);
@@ -397,10 +397,7 @@ fn a_step_makes_nothing_and_submits_once() {
     let gpu = gpu().narrowed(gpu().caps().clone());
     let (model, _) = make(&gpu, &spec, DType::F32);
     let prompts = tokens(5, &[4, 9], spec.vocab);
-    let settings = CausalSettings {
-        max_tokens: 9,
-        eos: Vec::new(),
-    };
+    let settings = CausalSettings::greedy(9, Vec::new());
     let mut generator = CausalGenerator::new(&model, &prompts, &settings).unwrap();
     let mut last = gpu.counters();
     for step in generator.by_ref() {
@@ -419,18 +416,12 @@ fn a_step_makes_nothing_and_submits_once() {
 fn what_cannot_be_done_is_refused_by_name() {
     let (_, spec) = specs().swap_remove(0);
     let (model, _) = make(gpu(), &spec, DType::F32);
-    let settings = |max_tokens| CausalSettings {
-        max_tokens,
-        eos: vec![1],
-    };
+    let settings = |max_tokens| CausalSettings::greedy(max_tokens, vec![1]);
     let generator = |prompts: &[Vec<u32>], settings: &CausalSettings| {
         let made = CausalGenerator::new(&model, prompts, settings);
         made.err().expect("a refusal").to_string()
     };
-    let bad_end = CausalSettings {
-        max_tokens: 1,
-        eos: vec![37],
-    };
+    let bad_end = CausalSettings::greedy(1, vec![37]);
     for (said, word) in [
         (generator(&[], &settings(3)), "input_ids"),
         (

@@ -143,10 +143,7 @@ fn greedy_texts_equal_transformers() {
         let rows = tokens.ids.chunks(tokens.len as usize).zip(&tokens.lengths);
         let prompts: Vec<Vec<u32>> = rows.map(|(row, &n)| row[..n as usize].to_vec()).collect();
         let eos = golden.rows("eos").unwrap()[0][0];
-        let settings = |eos| CausalSettings {
-            max_tokens: want[0].len() as u32,
-            eos,
-        };
+        let settings = |eos| CausalSettings::greedy(want[0].len() as u32, eos);
         let free = generate(&model, &prompts, &settings(Vec::new()));
         let ended = generate(&model, &prompts, &settings(vec![eos]));
         for (row, want) in want.iter().enumerate() {

@@ -1,0 +1,270 @@
+//! From a prompt to what follows it: a tokenizer, a decoder-only model and its ends as one.
+
+use crate::generate::{CausalGenerator, CausalSettings};
+use crate::gguf::Gguf;
+use crate::gpu::{DType, Gpu};
+use crate::model::{CausalModel, Source};
+use crate::ops::Sampling;
+use crate::text::{ChatTemplate, LmTokenizer, Message};
+use crate::{Error, Result};
+
+/// A decoder-only model, ready for texts.
+pub struct Completer {
+    /// Its tokenizer.
+    pub tokenizer: LmTokenizer,
+    /// How it wants chats written, where it says so.
+    pub template: Option<ChatTemplate>,
+    /// Its stack, on the device.
+    pub model: CausalModel,
+    /// Tokens that end a text or a turn.
+    pub eos: Vec<u32>,
+}
+
+/// How a text goes on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rules {
+    /// The most tokens to write, the end token included.
+    pub max_tokens: u32,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// What draws depend on.
+    pub seed: u64,
+    /// Texts that end it; they are not part of it.
+    pub stop: Vec<String>,
+}
+
+/// Why a text has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// By a token of the model.
+    Token(u32),
+    /// By a text to stop at.
+    Stop(String),
+    /// By the most tokens.
+    MaxTokens,
+}
+
+/// What follows a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// The text, without what ended it.
+    pub text: String,
+    /// What was written, the end token or the tokens of a text to stop at included.
+    pub tokens: Vec<u32>,
+    /// The sum of the model's log-probabilities of these tokens.
+    pub score: f32,
+    /// Why it ended.
+    pub end: End,
+    /// Bytes of the keys and values on the device.
+    pub cache_bytes: u64,
+}
+
+impl Completer {
+    /// Loads a Hugging Face directory or a GGUF file. `progress` hears of bytes taken and bytes in all.
+    ///
+    /// # Errors
+    /// As [`CausalModel::load`], [`LmTokenizer::load`] and [`ChatTemplate::load`]; a tokenizer with more tokens
+    /// than the model.
+    pub fn load(
+        gpu: &Gpu,
+        source: &Source,
+        dtype: DType,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Completer> {
+        let (tokenizer, template, mut eos) = match source {
+            Source::Gguf(path) => {
+                let gguf = Gguf::open(path)?;
+                let template = ChatTemplate::from_gguf(gguf.header())?;
+                (LmTokenizer::from_gguf(gguf.header())?, template, Vec::new())
+            }
+            _ => {
+                let read = |name: &str| Ok(source.file(name)?.map(|bytes| bytes.to_vec()));
+                // First, so that a wrong path is said to be one.
+                let ends = ends(source)?;
+                let template = ChatTemplate::load(source.path(), &read)?;
+                (LmTokenizer::load(source.path(), &read)?, template, ends)
+            }
+        };
+        eos.extend(tokenizer.ends());
+        eos.sort_unstable();
+        eos.dedup();
+        let model = CausalModel::load(gpu, source, dtype, progress)?;
+        let vocab = model.spec().vocab;
+        if tokenizer.len() > vocab as usize {
+            let n = tokenizer.len();
+            let what = format_args!("its tokenizer has {n} tokens, its model {vocab}");
+            return Err(Error::file(source.path(), what));
+        }
+        Ok(Completer {
+            tokenizer,
+            template,
+            model,
+            eos,
+        })
+    }
+
+    /// The ids of a text to go on with, or with `chat` of a user's turn to answer.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for an empty text, for a chat with a model that has no template, and for a text as long
+    /// as the model's positions.
+    pub fn prompt(&self, text: &str, chat: bool) -> Result<Vec<u32>> {
+        if text.trim().is_empty() {
+            return Err(Error::refused(
+                "the prompt",
+                "empty",
+                "a text to go on with",
+            ));
+        }
+        let ids = match (chat, &self.template) {
+            (true, Some(template)) => {
+                let turn = Message {
+                    role: "user".into(),
+                    content: text.into(),
+                };
+                let chat = template.render(&[turn], true)?;
+                self.tokenizer.encode(&chat, false)?
+            }
+            (true, None) => {
+                let bound = "a model with a chat template: this one has none";
+                return Err(Error::refused("chat", "wanted", bound));
+            }
+            (false, _) => self.tokenizer.encode(text, true)?,
+        };
+        let most = self.model.spec().max_positions as usize;
+        if ids.len() > most {
+            let long = format!("{} tokens long", ids.len());
+            let bound = format!("at most the model's {most} positions");
+            return Err(Error::refused("the prompt", long, bound));
+        }
+        Ok(ids)
+    }
+
+    /// Goes on with a prompt; `hear` gets what each token adds, which may be nothing yet, and what is left at the end:
+    /// text with which one to stop at may begin is held back.
+    ///
+    /// # Errors
+    /// As [`CausalGenerator::new`]; [`Error::Refused`] for an empty text to stop at; what `hear` returns.
+    pub fn complete(
+        &self,
+        prompt: &[u32],
+        rules: &Rules,
+        hear: &mut dyn FnMut(&str) -> Result<()>,
+    ) -> Result<Completion> {
+        if rules.stop.iter().any(String::is_empty) {
+            return Err(Error::refused("a text to stop at", "empty", "a text"));
+        }
+        let settings = CausalSettings {
+            max_tokens: rules.max_tokens,
+            eos: self.eos.clone(),
+            sampling: rules.sampling,
+            seed: rules.seed,
+        };
+        let mut generator = CausalGenerator::new(&self.model, &[prompt], &settings)?;
+        let mut streaming = self.tokenizer.streaming();
+        let mut text = String::new();
+        // How much of it was heard.
+        let mut heard = 0;
+        let mut end = End::MaxTokens;
+        for step in generator.by_ref() {
+            let Some(token) = step?.tokens[0] else { break };
+            if self.eos.contains(&token) {
+                end = End::Token(token);
+                break;
+            }
+            text.push_str(&streaming.push(token));
+            if let Some((at, stop)) = first_stop(&text, &rules.stop) {
+                text.truncate(at);
+                end = End::Stop(stop.clone());
+                break;
+            }
+            let sure = text.len() - withheld(&text, &rules.stop);
+            hear(&text[heard..sure])?;
+            heard = sure;
+        }
+        if !matches!(end, End::Stop(_)) {
+            text.push_str(&streaming.finish());
+        }
+        if text.len() > heard {
+            hear(&text[heard..])?;
+        }
+        let sequence = generator.sequences()[0].clone();
+        Ok(Completion {
+            text,
+            tokens: sequence.tokens,
+            score: sequence.score,
+            end,
+            cache_bytes: generator.cache_bytes(),
+        })
+    }
+}
+
+/// The earliest of the texts to stop at, and where it begins.
+fn first_stop<'s>(text: &str, stops: &'s [String]) -> Option<(usize, &'s String)> {
+    let found = stops
+        .iter()
+        .filter_map(|stop| Some((text.find(stop)?, stop)));
+    found.min_by_key(|&(at, _)| at)
+}
+
+/// Bytes at the end of a text with which a text to stop at may begin.
+fn withheld(text: &str, stops: &[String]) -> usize {
+    let begins = |from: &usize| stops.iter().any(|stop| stop.starts_with(&text[*from..]));
+    let places = text.char_indices().map(|(at, _)| at);
+    places
+        .filter(|at| text.len() - at < stops.iter().map(String::len).max().unwrap_or(0))
+        .find(begins)
+        .map_or(0, |at| text.len() - at)
+}
+
+/// The end tokens of a directory's `generation_config.json`, or else of its `config.json`.
+fn ends(source: &Source) -> Result<Vec<u32>> {
+    let config = source.json("config.json")?;
+    let settings = match source.file("generation_config.json")? {
+        Some(_) => source.json("generation_config.json")?,
+        None => serde_json::Value::Null,
+    };
+    let key = "eos_token_id";
+    let value = [&settings[key], &config[key]];
+    let Some(value) = value.into_iter().find(|value| !value.is_null()) else {
+        return Ok(Vec::new());
+    };
+    let ids: Option<Vec<u32>> = match value.as_array() {
+        Some(ids) => ids.iter().map(id).collect(),
+        None => id(value).map(|id| vec![id]),
+    };
+    ids.ok_or_else(|| {
+        let what = format_args!("{key} is {value}; token ids are wanted");
+        Error::file(source.path(), what)
+    })
+}
+
+fn id(value: &serde_json::Value) -> Option<u32> {
+    value.as_u64().and_then(|id| id.try_into().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_become_a_stop_is_withheld() {
+        let stops = ["\n\n".to_string(), "END!".to_string()];
+        for (text, wanted) in [
+            ("", 0),
+            ("abc", 0),
+            ("abc\n", 1),
+            ("abcE", 1),
+            ("abcEN", 2),
+            ("abcEND", 3),
+            ("é\n", 1),
+            ("ENé", 0),
+        ] {
+            assert_eq!(withheld(text, &stops), wanted, "{text:?}");
+        }
+        assert_eq!(withheld("abc", &[]), 0);
+        let found = first_stop("a END! \n\n", &stops);
+        assert_eq!(found, Some((2, &stops[1])));
+        assert_eq!(first_stop("a END \n", &stops), None);
+    }
+}
