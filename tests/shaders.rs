@@ -8,7 +8,7 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, StorageAccess, TypeInner};
 use qkv::Error;
 use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, plan};
-use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
+use qkv::gpu::{Caps, CoopShape, DType, Gpu, Shader, Tensor, templates};
 
 /// How many variants there are, and how many different texts they make.
 const VARIANTS: usize = 15_217;
@@ -400,8 +400,8 @@ fn other_variants() -> Vec<Shader> {
 /// Bytes of each kernel's parameters on the host's side.
 fn params_bytes(kernel: &str) -> u32 {
     match kernel {
-        "scores" | "softmax" | "values" | "prefill" | "prefill_lanes" | "decode"
-        | "decode_lanes" | "merge" | "block_map" => 240,
+        "scores" | "softmax" | "values" | "prefill" | "prefill_coop" | "prefill_lanes"
+        | "decode" | "decode_lanes" | "merge" | "block_map" => 240,
         "combine" => 64,
         "append" => 48,
         "embed" => 32,
@@ -520,8 +520,20 @@ fn texts_for_compilers() {
     let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
     let mut caps = gpu().caps().without_f16();
     (caps.f16, caps.software) = (true, false);
-    for (lanes, subgroups) in [("64", (64, 64)), ("8-32", (8, 32))] {
+    let matrices = |m| CoopShape {
+        m,
+        n: m,
+        k: m,
+        ab: "f16".into(),
+        cr: "f32".into(),
+    };
+    for (lanes, subgroups, m) in [
+        ("64", (64, 64), None),
+        ("8-32", (8, 32), None),
+        ("64-coop", (64, 64), Some(16)),
+    ] {
         caps.subgroups = Some(subgroups);
+        caps.cooperative = m.into_iter().map(matrices).collect();
         for (d, dtype) in [64, 128]
             .into_iter()
             .flat_map(|d| TYPES[..2].iter().map(move |t| (d, *t)))

@@ -153,12 +153,21 @@ pub(super) fn open(wanted: Option<&str>) -> Result<(wgpu::Adapter, wgpu::Device,
     let useful = wgpu::Features::SHADER_F16
         | wgpu::Features::SUBGROUP
         | wgpu::Features::TIMESTAMP_QUERY
-        | wgpu::Features::PIPELINE_CACHE;
+        | wgpu::Features::PIPELINE_CACHE
+        | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+    let features = adapter.features() & useful;
+    let matrices = features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
     let request = adapter.request_device(&wgpu::DeviceDescriptor {
         label: Some("qkv"),
-        required_features: adapter.features() & useful,
+        required_features: features,
         required_limits: adapter.limits(),
-        experimental_features: wgpu::ExperimentalFeatures::disabled(),
+        experimental_features: match matrices {
+            // SAFETY: the one such feature is cooperative matrices. Only `prefill_coop` uses them: every index
+            // into its arrays is bounded by their sizes, whole subgroups reach each operation, and plans take
+            // it for none but shapes that the adapter reports.
+            true => unsafe { wgpu::ExperimentalFeatures::enabled() },
+            false => wgpu::ExperimentalFeatures::disabled(),
+        },
         memory_hints: wgpu::MemoryHints::Performance,
         trace: wgpu::Trace::Off,
     });

@@ -24,8 +24,11 @@ pub struct Caps {
     pub f16: bool,
     /// Smallest and largest subgroup size, where subgroup operations exist.
     pub subgroups: Option<(u32, u32)>,
-    /// Cooperative-matrix shapes.
+    /// Cooperative-matrix shapes that kernels may use: none where a check of them failed.
     pub cooperative: Vec<CoopShape>,
+    /// Whether kernels for these shapes compute with plain loops instead, so that they are tested on devices
+    /// without such matrices.
+    pub plain_matrices: bool,
     /// Timestamps at the edges of compute passes.
     pub timestamps: bool,
     /// Workgroup memory.
@@ -61,7 +64,11 @@ impl Caps {
             subgroups: features
                 .contains(wgpu::Features::SUBGROUP)
                 .then_some((info.subgroup_min_size, info.subgroup_max_size)),
-            cooperative,
+            cooperative: match features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+                true => cooperative,
+                false => Vec::new(),
+            },
+            plain_matrices: false,
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             workgroup_memory: limits.max_compute_workgroup_storage_size,
             invocations: limits.max_compute_invocations_per_workgroup,
@@ -83,6 +90,14 @@ impl Caps {
         }
     }
 
+    /// These powers without cooperative matrices.
+    pub fn without_cooperative(&self) -> Self {
+        Caps {
+            cooperative: Vec::new(),
+            ..self.clone()
+        }
+    }
+
     /// These powers without subgroup operations.
     pub fn without_subgroups(&self) -> Self {
         Caps {
@@ -99,6 +114,7 @@ impl Caps {
             f16: false,
             subgroups: None,
             cooperative: Vec::new(),
+            plain_matrices: false,
             timestamps: false,
             workgroup_memory: least
                 .max_compute_workgroup_storage_size

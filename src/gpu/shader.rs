@@ -82,6 +82,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "merge",
     "norm",
     "prefill",
+    "prefill_coop",
     "prefill_lanes",
     "reorder",
     "sample",

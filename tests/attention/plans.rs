@@ -10,6 +10,7 @@ pub fn caps() -> Caps {
         f16: true,
         subgroups: Some((32, 32)),
         cooperative: Vec::new(),
+        plain_matrices: false,
         timestamps: true,
         workgroup_memory: 48 << 10,
         invocations: 1024,

@@ -1,6 +1,7 @@
 //! From a problem and a device's powers to kernels, pure: so that the choice is tested for devices that
 //! nobody here owns.
 
+mod coop;
 mod launch;
 mod routes;
 
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use super::problem::{Params, Problem};
 use crate::gpu::{Caps, DType, Shader};
 use crate::{Error, Result};
+use coop::Coop;
 use launch::Planner;
 
 /// A way to compute attention.
@@ -125,7 +127,12 @@ fn prefill_keys(problem: &Problem, caps: &Caps) -> u64 {
     if !caps.software {
         return u64::MAX;
     }
-    // A tile's turns. By lanes: its products, scores and weights.
+    // A tile's turns. Matrices by plain loops: a row's share of each product, and what comes and goes.
+    if let Some(coop) = Coop::new(problem, caps) {
+        let products = 2 * (coop.d_tiles + coop.v_tiles) * coop.tiles() * 32 / coop.m;
+        return TURNS / (products as u64 * 8 + 200) * 32;
+    }
+    // By lanes: its products, scores and weights.
     if by_lanes(caps) {
         return TURNS / (problem.head_dim() as u64 / 4 + 60) * 32;
     }

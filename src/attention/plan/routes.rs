@@ -1,6 +1,7 @@
 //! The kernels of each route.
 
 use super::super::problem::Stage;
+use super::coop::{self, Coop};
 use super::launch::{Kernel, Part, Planner, Uses};
 use super::{
     ENOUGH_GROUPS, INVARIANT_SPLIT, SPLIT_AT_LEAST, THREADS, TURNS, WORKGROUP_MEMORY, by_lanes,
@@ -101,18 +102,23 @@ impl Planner<'_> {
     pub(super) fn prefill(&mut self) -> Result<()> {
         let problem = self.problem;
         let (head_dim, dv) = (problem.head_dim(), problem.value_dim());
+        let coop = Coop::new(problem, self.caps);
         let by_lanes = by_lanes(self.caps).then(|| lanes(self.caps)).flatten();
+        let by_lanes = by_lanes.filter(|_| coop.is_none());
         // Keys of a tile, and value columns of a chunk, of which a workgroup has up to four.
-        let block_k = by_lanes.map_or(32, |lanes| 4 * lanes);
+        let block_k = by_lanes.map_or(coop::BLOCK_K, |lanes| 4 * lanes);
         let columns = block_k;
         let chunks = dv.div_ceil(columns).min(4);
         // More rows of many columns would take more than a second to compile.
         let rows = problem.q_len().saturating_mul(self.group());
-        let block_q = match by_lanes {
-            Some(_) if chunks > 2 || rows <= 32 => 16,
-            Some(_) => 24,
-            None => 32,
+        let block_q = match (by_lanes, coop) {
+            (_, Some(coop)) => coop.block_q(),
+            (Some(_), _) if chunks > 2 || rows <= 32 => 16,
+            (Some(_), _) => 24,
+            (None, None) => 32,
         };
+        // Value columns of a workgroup.
+        let share = coop.map_or(chunks * columns, |coop| coop.columns());
         let subgroups = self.caps.subgroups.is_some_and(|(least, _)| least >= 8);
         // Small subgroups are Intel's, and so may be a device without any.
         let few_registers = self.caps.subgroups.is_none_or(|(least, _)| least < 32);
@@ -168,30 +174,42 @@ impl Planner<'_> {
             let mut buffers = vec!["q", "k", "v", "o"];
             buffers.extend(problem.wants_lse.then_some("lse"));
             buffers.extend(map.then_some("block_map"));
-            let shader = match by_lanes {
-                Some(lanes) => self
+            let shader = match (by_lanes, coop) {
+                (_, Some(coop)) => self
+                    .shader("prefill_coop", uses)
+                    .with("PLAIN", coop.plain)
+                    .with("M", coop.m)
+                    .with("TILES", coop.tiles())
+                    .with("LANES", coop.lanes)
+                    .with("FIXED", coop.fixed)
+                    .with("BLOCK_K", block_k)
+                    .with("D_TILES", coop.d_tiles)
+                    .with("V_TILES", coop.v_tiles),
+                (Some(lanes), _) => self
                     .shader("prefill_lanes", uses)
                     .with("ROWS", block_q)
                     .with("LANES", lanes)
-                    .with("V_WHOLE", dv.is_multiple_of(chunks * columns)),
-                None => self
+                    .with("V_WHOLE", dv.is_multiple_of(share))
+                    .with("V_CHUNKS", chunks),
+                (None, None) => self
                     .shader("prefill", uses)
                     .with("ROWS", if chunks == 1 { 4u32 } else { 2 })
                     .with("SUBGROUPS", subgroups)
-                    .with("FEW_REGISTERS", few_registers),
+                    .with("FEW_REGISTERS", few_registers)
+                    .with("V_CHUNKS", chunks),
             };
             self.launch(
                 part,
                 Kernel {
-                    shader: shader.with("V_CHUNKS", chunks).with("HAS_BLOCK_MAP", map),
+                    shader: shader.with("HAS_BLOCK_MAP", map),
                     buffers,
                     uses,
-                    count: kv * blocks * dv.div_ceil(chunks * columns) as u64,
+                    count: kv * blocks * dv.div_ceil(share) as u64,
                     threads: false,
                     blocks,
                     work: block_q as u64
                         * problem.k_len() as u64
-                        * (head_dim + chunks * columns) as u64,
+                        * (head_dim + share) as u64,
                 },
             )?;
         }

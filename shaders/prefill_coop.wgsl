@@ -1,0 +1,381 @@
+{% if F16 %}
+enable f16;
+{% endif %}
+{% if not PLAIN %}
+enable wgpu_cooperative_matrix;
+{% endif %}
+{% from "shared/rows.wgsl" import element, out_element, row_loader, row_writer %}
+{% set lse = [["lse", "read_write", "f32"]] if HAS_LSE else [] %}
+{% set map = [["block_map", "read", "u32"]] if HAS_BLOCK_MAP else [] %}
+{% set buffers = [["q", "read", element(Q_TYPE, VEC)], ["k", "read", element(K_TYPE, VEC)], ["v", "read", element(V_TYPE, VEC)], ["o", "read_write", out_element(O_TYPE, VEC)]] + lse + map %}
+{% include "shared/problem.wgsl" %}
+{% include "shared/score.wgsl" %}
+{{ row_loader("q", Q_TYPE, "head_dim", "x", VEC) }}
+{{ row_loader("k", K_TYPE, "head_dim", "y", VEC) }}
+{{ row_loader("v", V_TYPE, "value_dim", "z", VEC) }}
+{{ row_writer("o", O_TYPE, "value_dim", VEC) }}
+{% set BY_ELEMENT = HAS_MASK or HAS_MASK_MOD %}
+{% set EDGES = HAS_RIGHT or HAS_LEFT or HAS_PREFIX or HAS_BIAS or HAS_SCORE_MOD or BY_ELEMENT %}
+
+{% set ROWS = 4 * TILES * M %}
+{% set THREADS = 4 * LANES %}
+{% set TEAM = THREADS // ROWS %}
+{% set QUADS = BLOCK_K // 4 // TEAM %}
+const BLOCK_Q = {{ ROWS }}u;
+const BLOCK_K = {{ BLOCK_K }}u;
+const V_BLOCK = {{ V_TILES * M }}u;
+const K_STRIDE = {{ D_TILES * M + 8 }}u;
+const P_STRIDE = {{ BLOCK_K + 8 }}u;   // of P and of V's columns
+
+var<workgroup> wg_k: array<f16, {{ BLOCK_K * (D_TILES * M + 8) }}>;        // keys by D
+var<workgroup> wg_v: array<f16, {{ V_TILES * M * (BLOCK_K + 8) }}>;   // Dv by keys
+var<workgroup> wg_p: array<f16, {{ ROWS * (BLOCK_K + 8) }}>;          // rows by keys; before, columns of Q
+var<workgroup> wg_s: array<f32, {{ ROWS * BLOCK_K }}>;                // rows by keys; or by columns of O
+// The tile, by the key behind it, that last asked for O to come to workgroup memory.
+var<workgroup> wg_trip: atomic<u32>;
+var<workgroup> wg_block: vec2<u32>;
+
+{# Matrices of M x M. A lies in wg_p, B in wg_k or wg_v with its columns side by side, C goes to wg_s. In the
+   plain form a lane has one row of A, B where it lies, and of C the same row of some columns. #}
+{% if PLAIN %}
+{% set SHARE = M * M // LANES %}
+alias Row = array<f32, {{ M }}>;
+alias Sum = array<f32, {{ SHARE }}>;
+fn load_a(at: u32, lane: u32) -> Row {
+    let from = at + lane % {{ M }}u * P_STRIDE;
+    return Row({% for n in range(M) %}f32(wg_p[from + {{ n }}u]){{ ", " if not loop.last }}{% endfor %});
+}
+{% for b in ["k", "v"] %}
+fn multiply_add_{{ b }}(x: Row, at: u32, sum: Sum, lane: u32) -> Sum {
+    var c = sum;
+    for (var n = 0u; n < {{ SHARE }}u{{ ROLL }}; n += 1u) {
+        let from = at + (lane / {{ M }}u * {{ SHARE }}u + n) * {{ "K_STRIDE" if b == "k" else "P_STRIDE" }};
+        c[n] += {% for k in range(M) %}x[{{ k }}] * f32(wg_{{ b }}[from + {{ k }}u]){{ " + " if not loop.last }}{% endfor %};
+    }
+    return c;
+}
+{% endfor %}
+fn load_c(at: u32, lane: u32) -> Sum {
+    let from = at + lane % {{ M }}u * BLOCK_K + lane / {{ M }}u * {{ SHARE }}u;
+    return Sum({% for n in range(SHARE) %}wg_s[from + {{ n }}u]{{ ", " if not loop.last }}{% endfor %});
+}
+fn store_c(c: Sum, at: u32, lane: u32) {
+    let to = at + lane % {{ M }}u * BLOCK_K + lane / {{ M }}u * {{ SHARE }}u;
+{% for n in range(SHARE) %}
+    wg_s[to + {{ n }}u] = c[{{ n }}];
+{% endfor %}
+}
+{% else %}
+{% set MATRIX = "coop_mat" ~ M ~ "x" ~ M %}
+alias Sum = {{ MATRIX }}<f32, C>;
+{% endif %}
+{% macro load_a(at) %}
+{%- if PLAIN %}load_a({{ at }}, lane){% else %}coopLoadT<coop_mat{{ M }}x{{ M }}<f16, A>>(&wg_p[{{ at }}], P_STRIDE){% endif -%}
+{% endmacro %}
+{% macro load_b(b, at) %}
+{%- if PLAIN %}{{ at }}{% else %}coopLoad<coop_mat{{ M }}x{{ M }}<f16, B>>(&wg_{{ b }}[{{ at }}], {{ "K_STRIDE" if b == "k" else "P_STRIDE" }}){% endif -%}
+{% endmacro %}
+{% macro multiply_add(b, x, y, c) %}
+{%- if PLAIN %}multiply_add_{{ b }}({{ x }}, {{ y }}, {{ c }}, lane){% else %}coopMultiplyAdd({{ x }}, {{ y }}, {{ c }}){% endif -%}
+{% endmacro %}
+{% macro load_c(at) %}
+{%- if PLAIN %}load_c({{ at }}, lane){% else %}coopLoadT<coop_mat{{ M }}x{{ M }}<f32, C>>(&wg_s[{{ at }}], BLOCK_K){% endif -%}
+{% endmacro %}
+{% macro store_c(c, at) %}
+{%- if PLAIN %}store_c({{ c }}, {{ at }}, lane);{% else %}coopStoreT({{ c }}, &wg_s[{{ at }}], BLOCK_K);{% endif -%}
+{% endmacro %}
+
+{% macro over_row(op, out) %}
+{# The maximum or sum over a row's threads. #}
+{% for step in [1, 2, 4] if step < TEAM %}
+        {{ out }} = {{ "max(" ~ out ~ ", " if op == "max" else "(" ~ out ~ " + " }}subgroupShuffleXor({{ out }}, {{ step }}u));
+{% endfor %}
+{% endmacro %}
+
+{% macro stage_k(from) %}
+        for (var n = thread; n < BLOCK_K * {{ D_TILES * M // 8 }}u; n += {{ THREADS }}u) {
+            let at = key_at(P.k_at, kb, kh, min({{ from }} + n / {{ D_TILES * M // 8 }}u, k_last - 1u));
+            let d = n % {{ D_TILES * M // 8 }}u * 8u;
+            let to = n / {{ D_TILES * M // 8 }}u * K_STRIDE + d;
+            let low = vec4<f16>(load_k(at, d));
+            let high = vec4<f16>(load_k(at, d + 4u));
+{% for e in range(4) %}
+            wg_k[to + {{ e }}u] = low[{{ e }}];
+{% endfor %}
+{% for e in range(4) %}
+            wg_k[to + {{ 4 + e }}u] = high[{{ e }}];
+{% endfor %}
+        }
+{% endmacro %}
+
+{% macro next_tile(name) %}
+{% if HAS_BLOCK_MAP %}
+        // Tiles that the mask empties for every row are skipped.
+        while ({{ name }} < k_last && block_map[(index / v_blocks) * P.k_blocks + {{ name }} / BLOCK_K] == 0u) { {{ name }} += BLOCK_K; }
+{% endif %}
+{% endmacro %}
+
+{# A chunk of O, BLOCK_K columns of it, to workgroup memory or back. #}
+{% set O_CHUNK = BLOCK_K // M %}
+{% macro move_o(chunk, back) %}
+        {{ "if (subgroup < 4u) " if not (FIXED or PLAIN or back) }}{
+{% for i in range(TILES) %}
+{% for t in range(chunk * O_CHUNK, V_TILES if (chunk + 1) * O_CHUNK > V_TILES else (chunk + 1) * O_CHUNK) %}
+{% set at = "tile_row * BLOCK_K + " ~ (i * M * BLOCK_K + (t - chunk * O_CHUNK) * M) ~ "u" %}
+{% if back %}
+            o_{{ i }}_{{ t }} = {{ load_c(at) }};
+{% else %}
+            {{ store_c("o_" ~ i ~ "_" ~ t, at) }}
+{% endif %}
+{% endfor %}
+{% endfor %}
+        }
+{% endmacro %}
+
+{% if EDGES %}
+fn not_finite(x: vec4<f32>) -> vec4<bool> {
+    return (bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
+}
+{% endif %}
+
+@compute @workgroup_size({{ THREADS }})
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(subgroup_id) subgroup_id: u32,
+    @builtin(subgroup_size) lanes: u32,
+    @builtin(subgroup_invocation_id) lane_id: u32,
+) {
+    let thread = subgroup_id * lanes + lane_id;
+{% if PLAIN %}
+    let subgroup = thread / {{ LANES }}u;
+    let lane = thread % {{ LANES }}u;
+{% else %}
+    let subgroup = subgroup_id;
+{% endif %}
+    let v_blocks = (P.value_dim + V_BLOCK - 1u) / V_BLOCK;
+    let index = P.block_from + workgroup_index(group, groups);
+    let v_from = (index % v_blocks) * V_BLOCK;
+    let per_kv = P.heads / P.kv_heads;
+    // That a whole workgroup goes on or returns is told to the compiler by a uniform load.
+    if (thread == 0u) {
+        wg_block = select(block_at(index / v_blocks % P.blocks, BLOCK_Q, per_kv), vec2<u32>(P.batch, 0u), index >= P.count);
+    }
+    let block = workgroupUniformLoad(&wg_block);
+    if (block.x >= P.batch) { return; }
+    let b = block.x;
+    let row_from = block.y;
+    let kh = P.kv_from + index / (v_blocks * P.blocks);
+    let kb = kv_row(b);
+    let queries = q_count(b);
+    let rows = queries * per_kv;
+    let length = kv_length(kb);
+    let start = q_position(b, length);
+
+    // The keys that any row of the block sees: its queries run from i_low to i_high.
+    let row_last = min(row_from + BLOCK_Q, rows) - 1u;
+    let one_head = row_from / queries == row_last / queries;
+    let i_low = select(0u, row_from % queries, one_head);
+    let i_high = select(queries - 1u, row_last % queries, one_head);
+    let low = keys_of(b, start + i32(i_low), length);
+    let high = keys_of(b, start + i32(i_high), length);
+    let k_first = first_key(low) / BLOCK_K * BLOCK_K;
+    let k_last = last_key(high);
+
+    // In the softmax a thread has every {{ TEAM }}th four keys of one row; in the products a subgroup has {{ TILES * M }} rows.
+    let team_row = thread / {{ TEAM }}u;
+    let part = thread % {{ TEAM }}u;
+{% if FIXED or PLAIN %}
+    let tile_row = subgroup * {{ TILES * M }}u;
+{% else %}
+    // Where subgroups are smaller than they may be there are more of them than tiles: these repeat the last tile's
+    // products and keep them to themselves.
+    let tile_row = min(subgroup, 3u) * {{ TILES * M }}u;
+{% endif %}
+    let row = row_from + team_row;
+    let h = kh * per_kv + min(row, rows - 1u) / queries;
+    let i = min(row, rows - 1u) % queries;
+    let position = start + i32(i);
+    let keys = keys_of(b, position, length);
+    var m = NEVER;
+    var l = 0.0;
+
+    // Q, by way of P's place.
+    let q_at = query_at(P.q_at, b, h, i);
+{% for c in range(0, D_TILES * M, BLOCK_K) %}
+    for (var n = part; n < {{ BLOCK_K // 4 }}u; n += {{ TEAM }}u) {
+        let x = vec4<f16>(load_q(q_at, {{ c }}u + n * 4u));
+{% for e in range(4) %}
+        wg_p[team_row * P_STRIDE + n * 4u + {{ e }}u] = x[{{ e }}];
+{% endfor %}
+    }
+    workgroupBarrier();
+{% for i in range(TILES) %}
+{% for t in range(c // M, D_TILES if (c + BLOCK_K) // M > D_TILES else (c + BLOCK_K) // M) %}
+    let q_{{ i }}_{{ t }} = {{ load_a("(tile_row + " ~ (i * M) ~ "u) * P_STRIDE + " ~ (t * M - c) ~ "u") }};
+{% endfor %}
+{% endfor %}
+    workgroupBarrier();
+{% endfor %}
+{% for i in range(TILES) %}
+{% for t in range(V_TILES) %}
+    var o_{{ i }}_{{ t }} = Sum();
+{% endfor %}
+{% endfor %}
+
+    var k_from = k_first;
+{{ next_tile("k_from") }}
+    if (k_from < k_last) {
+{{ stage_k("k_from") }}
+    }
+    if (thread == 0u) { atomicStore(&wg_trip, 0u); }
+    workgroupBarrier();
+    loop {
+        if (k_from >= k_last) { break; }
+        var k_next = k_from + BLOCK_K;
+{{ next_tile("k_next") }}
+        {
+{% for t in range(BLOCK_K // M) %}
+{% for i in range(TILES) %}
+            var s_{{ i }}_{{ t }} = Sum();
+{% endfor %}
+{% endfor %}
+{% for d in range(D_TILES) %}
+{% for t in range(BLOCK_K // M) %}
+            let k_{{ d }}_{{ t }} = {{ load_b("k", t * M ~ "u * K_STRIDE + " ~ d * M ~ "u") }};
+{% for i in range(TILES) %}
+            s_{{ i }}_{{ t }} = {{ multiply_add("k", "q_" ~ i ~ "_" ~ d, "k_" ~ d ~ "_" ~ t, "s_" ~ i ~ "_" ~ t) }};
+{% endfor %}
+{% endfor %}
+{% endfor %}
+            {{ "if (subgroup < 4u) " if not (FIXED or PLAIN) }}{
+{% for t in range(BLOCK_K // M) %}
+{% for i in range(TILES) %}
+                {{ store_c("s_" ~ i ~ "_" ~ t, "tile_row * BLOCK_K + " ~ (i * M * BLOCK_K + t * M) ~ "u") }}
+{% endfor %}
+{% endfor %}
+            }
+        }
+        workgroupBarrier();
+
+        // Teams start at different fours of their rows, which lie on the same banks.
+        var top = NEVER;
+{% for n in range(QUADS) %}
+        let j_{{ n }} = ((team_row + {{ n }}u) % {{ QUADS }}u * {{ TEAM }}u + part) * 4u;
+        var s_{{ n }} = vec4<f32>();
+{% for e in range(4) %}
+        s_{{ n }}[{{ e }}] = score(wg_s[team_row * BLOCK_K + j_{{ n }} + {{ e }}u], keys, b, h, i, k_from + j_{{ n }} + {{ e }}u, position);
+{% endfor %}
+        top = max(top, max(max(s_{{ n }}.x, s_{{ n }}.y), max(s_{{ n }}.z, s_{{ n }}.w)));
+{% endfor %}
+{{ over_row("max", "top") }}
+        var shrink = 1.0;
+        if (top > m + 15.0) {
+            // Only what is there must shrink.
+            if (m > NEVER) {
+                shrink = exp2(m - top + 7.0);
+                atomicStore(&wg_trip, k_next);
+            }
+            m = top - 7.0;
+            l *= shrink;
+        }
+{% for n in range(QUADS) %}
+        let p_{{ n }} = select(exp2(s_{{ n }} - m), vec4<f32>(), s_{{ n }} <= vec4<f32>(NEVER));
+        l += p_{{ n }}.x + p_{{ n }}.y + p_{{ n }}.z + p_{{ n }}.w;
+{% for e in range(4) %}
+        wg_p[team_row * P_STRIDE + j_{{ n }} + {{ e }}u] = f16(p_{{ n }}[{{ e }}]);
+{% endfor %}
+{% endfor %}
+
+        // V with its columns side by side: four keys by four columns at a time.
+        for (var n = thread; n < {{ BLOCK_K // 4 * (V_TILES * M // 4) }}u; n += {{ THREADS }}u) {
+            let j = n % {{ BLOCK_K // 4 }}u * 4u;
+            let d = n / {{ BLOCK_K // 4 }}u * 4u;
+{% for e in range(4) %}
+            // Keys past the last weigh nothing, and what lies there must not matter.
+            var v_{{ e }} = select(vec4<f32>(), load_v(key_at(P.v_at, kb, kh, min(k_from + j + {{ e }}u, k_last - 1u)), v_from + d), k_from + j + {{ e }}u < k_last);
+{% if EDGES %}
+            if (any(not_finite(v_{{ e }}))) {
+                v_{{ e }} = select(v_{{ e }}, vec4<f32>(), not_finite(v_{{ e }}));
+                atomicStore(&wg_trip, k_next);
+            }
+{% endif %}
+{% endfor %}
+{% for c in range(4) %}
+{% for e in range(4) %}
+            wg_v[(d + {{ c }}u) * P_STRIDE + j + {{ e }}u] = f16(v_{{ e }}[{{ c }}]);
+{% endfor %}
+{% endfor %}
+        }
+        if (k_next < k_last) {
+{{ stage_k("k_next") }}
+        }
+        workgroupBarrier();
+
+        // The same for the whole workgroup; naga, which cannot know, looks at branches and not at loops.
+        loop {
+            if (atomicLoad(&wg_trip) != k_next) { break; }
+{% for chunk in range((V_TILES + O_CHUNK - 1) // O_CHUNK) %}
+{{ move_o(chunk, false) }}
+            workgroupBarrier();
+            for (var n = part * 4u; n < BLOCK_K{{ ROLL }}; n += {{ TEAM * 4 }}u) {
+                let at = team_row * BLOCK_K + n;
+                var x = vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]) * shrink;
+{% if EDGES %}
+                // What is not finite is not in wg_v, and reaches only the rows that see it: 0 * NaN is NaN.
+                for (var j = 0u; j < BLOCK_K && k_from + j < k_last; j += 1u) {
+                    let p = f32(wg_p[team_row * P_STRIDE + j]);
+                    if (p == 0.0) { continue; }
+                    let y = load_v(key_at(P.v_at, kb, kh, k_from + j), v_from + {{ chunk * BLOCK_K }}u + n);
+                    x += select(vec4<f32>(), p * y, not_finite(y));
+                }
+{% endif %}
+{% for e in range(4) %}
+                wg_s[at + {{ e }}u] = x[{{ e }}];
+{% endfor %}
+            }
+            workgroupBarrier();
+{{ move_o(chunk, true) }}
+            workgroupBarrier();
+{% endfor %}
+            break;
+        }
+
+{% for t in range(BLOCK_K // M) %}
+{% for i in range(TILES) %}
+        let p_{{ i }}_{{ t }} = {{ load_a("(tile_row + " ~ (i * M) ~ "u) * P_STRIDE + " ~ (t * M) ~ "u") }};
+{% endfor %}
+{% for d in range(V_TILES) %}
+        let v_{{ d }}_{{ t }} = {{ load_b("v", d * M ~ "u * P_STRIDE + " ~ t * M ~ "u") }};
+{% for i in range(TILES) %}
+        o_{{ i }}_{{ d }} = {{ multiply_add("v", "p_" ~ i ~ "_" ~ t, "v_" ~ d ~ "_" ~ t, "o_" ~ i ~ "_" ~ d) }};
+{% endfor %}
+{% endfor %}
+{% endfor %}
+        k_from = k_next;
+    }
+
+{{ over_row("sum", "l") }}
+    let sink = sink_of(h);
+    let last = max(m, sink);
+    let shrink = exp2(m - last);
+    let sum = l * shrink + select(0.0, exp2(sink - last), sink > NEVER);
+    let over = select(0.0, shrink / max(sum, 1.0e-37), sum > 0.0);
+{% if HAS_LSE %}
+    if (row < rows && part == 0u && v_from == 0u) {
+        lse[P.lse_from + row_number(b, h, i)] = lse_of(last, sum);
+    }
+{% endif %}
+    let o_at = query_at(P.o_at, b, h, i);
+{% for chunk in range((V_TILES + O_CHUNK - 1) // O_CHUNK) %}
+{{ move_o(chunk, false) }}
+    workgroupBarrier();
+    for (var n = part * 4u; n < BLOCK_K{{ ROLL }}; n += {{ TEAM * 4 }}u) {
+        let at = team_row * BLOCK_K + n;
+        if (row < rows && {{ chunk * BLOCK_K }}u + n < V_BLOCK) {
+            store_o(o_at, v_from + {{ chunk * BLOCK_K }}u + n, vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]) * over);
+        }
+    }
+    workgroupBarrier();
+{% endfor %}
+}
