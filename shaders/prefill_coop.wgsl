@@ -21,6 +21,8 @@ enable wgpu_cooperative_matrix;
 {% set THREADS = 4 * LANES %}
 {% set TEAM = THREADS // ROWS %}
 {% set QUADS = BLOCK_K // 4 // TEAM %}
+{# Whether there may be more subgroups than tiles. #}
+{% set SPARE = not (FIXED or PLAIN) %}
 const BLOCK_Q = {{ ROWS }}u;
 const BLOCK_K = {{ BLOCK_K }}u;
 const V_BLOCK = {{ V_TILES * M }}u;
@@ -42,22 +44,22 @@ var<workgroup> wg_block: vec2<u32>;
 alias Row = array<f32, {{ M }}>;
 alias Sum = array<f32, {{ SHARE }}>;
 fn load_a(at: u32, lane: u32) -> Row {
-    let from = at + lane % {{ M }}u * P_STRIDE;
-    return Row({% for n in range(M) %}f32(wg_p[from + {{ n }}u]){{ ", " if not loop.last }}{% endfor %});
+    let first = at + lane % {{ M }}u * P_STRIDE;
+    return Row({% for n in range(M) %}f32(wg_p[first + {{ n }}u]){{ ", " if not loop.last }}{% endfor %});
 }
 {% for b in ["k", "v"] %}
 fn multiply_add_{{ b }}(x: Row, at: u32, sum: Sum, lane: u32) -> Sum {
     var c = sum;
     for (var n = 0u; n < {{ SHARE }}u{{ ROLL }}; n += 1u) {
-        let from = at + (lane / {{ M }}u * {{ SHARE }}u + n) * {{ "K_STRIDE" if b == "k" else "P_STRIDE" }};
-        c[n] += {% for k in range(M) %}x[{{ k }}] * f32(wg_{{ b }}[from + {{ k }}u]){{ " + " if not loop.last }}{% endfor %};
+        let first = at + (lane / {{ M }}u * {{ SHARE }}u + n) * {{ "K_STRIDE" if b == "k" else "P_STRIDE" }};
+        c[n] += {% for k in range(M) %}x[{{ k }}] * f32(wg_{{ b }}[first + {{ k }}u]){{ " + " if not loop.last }}{% endfor %};
     }
     return c;
 }
 {% endfor %}
 fn load_c(at: u32, lane: u32) -> Sum {
-    let from = at + lane % {{ M }}u * BLOCK_K + lane / {{ M }}u * {{ SHARE }}u;
-    return Sum({% for n in range(SHARE) %}wg_s[from + {{ n }}u]{{ ", " if not loop.last }}{% endfor %});
+    let first = at + lane % {{ M }}u * BLOCK_K + lane / {{ M }}u * {{ SHARE }}u;
+    return Sum({% for n in range(SHARE) %}wg_s[first + {{ n }}u]{{ ", " if not loop.last }}{% endfor %});
 }
 fn store_c(c: Sum, at: u32, lane: u32) {
     let to = at + lane % {{ M }}u * BLOCK_K + lane / {{ M }}u * {{ SHARE }}u;
@@ -92,11 +94,19 @@ alias Sum = {{ MATRIX }}<f32, C>;
 {% endfor %}
 {% endmacro %}
 
+{# So many items of work, shared by all threads; their number is `n`. #}
+{% macro each_of(count, turn) -%}
+{%- if (turn + 1) * THREADS > count %}if (thread < {{ count - turn * THREADS }}u) {% endif -%}{
+            let n = thread + {{ turn * THREADS }}u;
+{%- endmacro %}
+
 {% macro stage_k(from) %}
-        for (var n = thread; n < BLOCK_K * {{ D_TILES * M // 8 }}u; n += {{ THREADS }}u) {
-            let at = key_at(P.k_at, kb, kh, min({{ from }} + n / {{ D_TILES * M // 8 }}u, k_last - 1u));
-            let d = n % {{ D_TILES * M // 8 }}u * 8u;
-            let to = n / {{ D_TILES * M // 8 }}u * K_STRIDE + d;
+{% set EIGHTS = D_TILES * M // 8 %}
+{% for turn in range((BLOCK_K * EIGHTS + THREADS - 1) // THREADS) %}
+        {{ each_of(BLOCK_K * EIGHTS, turn) }}
+            let at = key_at(P.k_at, kb, kh, min({{ from }} + n / {{ EIGHTS }}u, k_last - 1u));
+            let d = n % {{ EIGHTS }}u * 8u;
+            let to = n / {{ EIGHTS }}u * K_STRIDE + d;
             let low = vec4<f16>(load_k(at, d));
             let high = vec4<f16>(load_k(at, d + 4u));
 {% for e in range(4) %}
@@ -106,6 +116,7 @@ alias Sum = {{ MATRIX }}<f32, C>;
             wg_k[to + {{ 4 + e }}u] = high[{{ e }}];
 {% endfor %}
         }
+{% endfor %}
 {% endmacro %}
 
 {% macro next_tile(name) %}
@@ -118,7 +129,7 @@ alias Sum = {{ MATRIX }}<f32, C>;
 {# A chunk of O, BLOCK_K columns of it, to workgroup memory or back. #}
 {% set O_CHUNK = BLOCK_K // M %}
 {% macro move_o(chunk, back) %}
-        {{ "if (subgroup < 4u) " if not (FIXED or PLAIN or back) }}{
+        {{ "loop { if (subgroup >= 4u) { break; }" if SPARE and not back else "{" }}
 {% for i in range(TILES) %}
 {% for t in range(chunk * O_CHUNK, V_TILES if (chunk + 1) * O_CHUNK > V_TILES else (chunk + 1) * O_CHUNK) %}
 {% set at = "tile_row * BLOCK_K + " ~ (i * M * BLOCK_K + (t - chunk * O_CHUNK) * M) ~ "u" %}
@@ -129,7 +140,7 @@ alias Sum = {{ MATRIX }}<f32, C>;
 {% endif %}
 {% endfor %}
 {% endfor %}
-        }
+        {{ "break; }" if SPARE and not back else "}" }}
 {% endmacro %}
 
 {% if EDGES %}
@@ -185,7 +196,7 @@ fn main(
     // In the softmax a thread has every {{ TEAM }}th four keys of one row; in the products a subgroup has {{ TILES * M }} rows.
     let team_row = thread / {{ TEAM }}u;
     let part = thread % {{ TEAM }}u;
-{% if FIXED or PLAIN %}
+{% if not SPARE %}
     let tile_row = subgroup * {{ TILES * M }}u;
 {% else %}
     // Where subgroups are smaller than they may be there are more of them than tiles: these repeat the last tile's
@@ -248,13 +259,13 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endfor %}
-            {{ "if (subgroup < 4u) " if not (FIXED or PLAIN) }}{
+            {{ "loop { if (subgroup >= 4u) { break; }" if SPARE }}
 {% for t in range(BLOCK_K // M) %}
 {% for i in range(TILES) %}
-                {{ store_c("s_" ~ i ~ "_" ~ t, "tile_row * BLOCK_K + " ~ (i * M * BLOCK_K + t * M) ~ "u") }}
+            {{ store_c("s_" ~ i ~ "_" ~ t, "tile_row * BLOCK_K + " ~ (i * M * BLOCK_K + t * M) ~ "u") }}
 {% endfor %}
 {% endfor %}
-            }
+            {{ "break; }" if SPARE }}
         }
         workgroupBarrier();
 
@@ -288,25 +299,32 @@ fn main(
 {% endfor %}
 
         // V with its columns side by side: four keys by four columns at a time.
-        for (var n = thread; n < {{ BLOCK_K // 4 * (V_TILES * M // 4) }}u; n += {{ THREADS }}u) {
+{% set FOURS = BLOCK_K // 4 * (V_TILES * M // 4) %}
+{% for turn in range((FOURS + THREADS - 1) // THREADS) %}
+        {{ each_of(FOURS, turn) }}
             let j = n % {{ BLOCK_K // 4 }}u * 4u;
             let d = n / {{ BLOCK_K // 4 }}u * 4u;
 {% for e in range(4) %}
             // Keys past the last weigh nothing, and what lies there must not matter.
-            var v_{{ e }} = select(vec4<f32>(), load_v(key_at(P.v_at, kb, kh, min(k_from + j + {{ e }}u, k_last - 1u)), v_from + d), k_from + j + {{ e }}u < k_last);
+            let at_{{ e }} = key_at(P.v_at, kb, kh, min(k_from + j + {{ e }}u, k_last - 1u));
 {% if EDGES %}
-            if (any(not_finite(v_{{ e }}))) {
-                v_{{ e }} = select(v_{{ e }}, vec4<f32>(), not_finite(v_{{ e }}));
+            var x_{{ e }} = select(vec4<f32>(), load_v(at_{{ e }}, v_from + d), k_from + j + {{ e }}u < k_last);
+            if (any(not_finite(x_{{ e }}))) {
+                x_{{ e }} = select(x_{{ e }}, vec4<f32>(), not_finite(x_{{ e }}));
                 atomicStore(&wg_trip, k_next);
             }
+            let v_{{ e }} = vec4<f16>(x_{{ e }});
+{% else %}
+            let v_{{ e }} = select(vec4<f16>(), vec4<f16>(load_v(at_{{ e }}, v_from + d)), k_from + j + {{ e }}u < k_last);
 {% endif %}
 {% endfor %}
 {% for c in range(4) %}
 {% for e in range(4) %}
-            wg_v[(d + {{ c }}u) * P_STRIDE + j + {{ e }}u] = f16(v_{{ e }}[{{ c }}]);
+            wg_v[(d + {{ c }}u) * P_STRIDE + j + {{ e }}u] = v_{{ e }}[{{ c }}];
 {% endfor %}
 {% endfor %}
         }
+{% endfor %}
         if (k_next < k_last) {
 {{ stage_k("k_next") }}
         }

@@ -39,7 +39,7 @@ def for_naga(path):
     return re.sub(r"^\s*(enable subgroups|diagnostic\(.*\));", "", path.read_text(), flags=re.M)
 
 
-def amd_multiplications(assembly):
+def amd_multiplications(assembly, lanes):
     """Of one lane, weighed as the compiler weighs its cycles."""
     lines, labels = [], {}
     for line in assembly.splitlines():
@@ -69,6 +69,9 @@ def amd_multiplications(assembly):
                 count += 1
             elif re.match(r"v_pk_(fma|mul)_f16|v_(dual_)?dot2", word):
                 count += 2
+            elif shape := re.match(r"v_wmma_f32_(\d+)x(\d+)x(\d+)", word):
+                # Of the whole subgroup.
+                count += int(shape[1]) * int(shape[2]) * int(shape[3]) / lanes
         if count:
             weight = 1.0
             for depth in range(len(within(at))):
@@ -112,7 +115,9 @@ def figures(tool, gpu, path):
         occupancy, cycles = f"SIMD{said['subgroup_size']}", said["Cycle Count"]
         scratch = said["Scratch Memory Size"]
     else:
-        made = said["subgroup_size"] * amd_multiplications(disassembly[disassembly.rindex("---- Assembly") :])
+        made = said["subgroup_size"] * amd_multiplications(
+            disassembly[disassembly.rindex("---- Assembly") :], said["subgroup_size"]
+        )
         registers = f"{said['VGPRs']}"
         spills = said["Spilled VGPRs"] + said["Spilled SGPRs"]
         occupancy, cycles = f"{said['Subgroups per SIMD']} waves", said["Inverse Throughput"]
