@@ -1,3 +1,29 @@
+// prefill_coop: `prefill` with both products, Q K^T and P V, on cooperative matrices of M x M, f16 with f32 sums.
+//
+//   one workgroup: 64 of the rows of one KV head, one block of at most 128 value columns, 4 subgroups of 16 rows;
+//   the rows are the queries of the G = H / Hk heads of the group, one head after the other
+//   Q by way of workgroup memory to matrices that stay; O = 0 in matrices; stage the first tile of K
+//   for each tile of 32 keys from the first to the last that a row of the block sees:
+//     S = Q K^T                                          matrices; S to workgroup memory
+//     score; if rowmax S > m + 15: m' = rowmax S - 7, l *= a, a = exp2(m - m')     a team of threads a row
+//     P = exp2(S - m) in f16; l += P; stage V with its columns side by side, and the next tile of K
+//     where a row that had seen keys has moved m: O by way of workgroup memory, O *= a
+//     O += P V                                           matrices
+//   O / l by way of workgroup memory; a row that sees no key is zeros
+//
+// Tricks: two barriers a tile. m stands 7 below the maximum it was taken from, so that P is at most 2^15 and f16
+// keeps what is 2^-29 of the largest. No element of a matrix can be reached, so a row of O is scaled in workgroup
+// memory: seldom, as m moves only where the maximum grows by more than 8 (and hardly after the first tiles). What is
+// not finite in V is staged as zero and added to the rows that see it on that same way. K is read as stored, its rows
+// being the columns of K^T; V is transposed while it is staged, four by four, in registers.
+//
+// PLAIN replaces the matrices by loops, the rest being the same text, so that it is tested where there are none.
+//
+// Lost, in cycles for 64 multiply-adds at D 128 as RADV estimates them for navi31 (this kernel 0.83, its matrices
+// alone 0.5, `prefill` 1.35; at D 64 0.95 and 1.35), without the seldom path: O by way of workgroup memory in every tile
+// 1.00; V as stored, its matrices loaded in 16 bits, 0.89; Q's matrices loaded anew for each tile 1.23, for fewer waves;
+// 64 keys a tile 0.92; 32 rows a subgroup 1.24 with 161 spills (at D 64 0.82, but more workgroup memory than the 32 KiB
+// of Apple); staging in loops that the compiler does not unroll, 1.5. A diagonal product would round O to f16.
 {% if F16 %}
 enable f16;
 {% endif %}
@@ -44,28 +70,32 @@ var<workgroup> wg_block: vec2<u32>;
 alias Row = array<f32, {{ M }}>;
 alias Sum = array<f32, {{ SHARE }}>;
 fn load_a(at: u32, lane: u32) -> Row {
-    let first = at + lane % {{ M }}u * P_STRIDE;
-    return Row({% for n in range(M) %}f32(wg_p[first + {{ n }}u]){{ ", " if not loop.last }}{% endfor %});
+    var row = Row();
+    for (var k = 0u; k < {{ M }}u{{ ROLL }}; k += 1u) { row[k] = f32(wg_p[at + lane % {{ M }}u * P_STRIDE + k]); }
+    return row;
 }
 {% for b in ["k", "v"] %}
-fn multiply_add_{{ b }}(x: Row, at: u32, sum: Sum, lane: u32) -> Sum {
+fn multiply_add_{{ b }}(row: Row, at: u32, sum: Sum, lane: u32) -> Sum {
+    var x = row;
     var c = sum;
     for (var n = 0u; n < {{ SHARE }}u{{ ROLL }}; n += 1u) {
-        let first = at + (lane / {{ M }}u * {{ SHARE }}u + n) * {{ "K_STRIDE" if b == "k" else "P_STRIDE" }};
-        c[n] += {% for k in range(M) %}x[{{ k }}] * f32(wg_{{ b }}[first + {{ k }}u]){{ " + " if not loop.last }}{% endfor %};
+        let column = at + (lane / {{ M }}u * {{ SHARE }}u + n) * {{ "K_STRIDE" if b == "k" else "P_STRIDE" }};
+        for (var k = 0u; k < {{ M }}u{{ ROLL }}; k += 1u) { c[n] += x[k] * f32(wg_{{ b }}[column + k]); }
     }
     return c;
 }
 {% endfor %}
-fn load_c(at: u32, lane: u32) -> Sum {
-    let first = at + lane % {{ M }}u * BLOCK_K + lane / {{ M }}u * {{ SHARE }}u;
-    return Sum({% for n in range(SHARE) %}wg_s[first + {{ n }}u]{{ ", " if not loop.last }}{% endfor %});
+fn place_of_c(at: u32, lane: u32) -> u32 {
+    return at + lane % {{ M }}u * BLOCK_K + lane / {{ M }}u * {{ SHARE }}u;
 }
-fn store_c(c: Sum, at: u32, lane: u32) {
-    let to = at + lane % {{ M }}u * BLOCK_K + lane / {{ M }}u * {{ SHARE }}u;
-{% for n in range(SHARE) %}
-    wg_s[to + {{ n }}u] = c[{{ n }}];
-{% endfor %}
+fn load_c(at: u32, lane: u32) -> Sum {
+    var c = Sum();
+    for (var n = 0u; n < {{ SHARE }}u{{ ROLL }}; n += 1u) { c[n] = wg_s[place_of_c(at, lane) + n]; }
+    return c;
+}
+fn store_c(sum: Sum, at: u32, lane: u32) {
+    var c = sum;
+    for (var n = 0u; n < {{ SHARE }}u{{ ROLL }}; n += 1u) { wg_s[place_of_c(at, lane) + n] = c[n]; }
 }
 {% else %}
 {% set MATRIX = "coop_mat" ~ M ~ "x" ~ M %}
@@ -94,15 +124,21 @@ alias Sum = {{ MATRIX }}<f32, C>;
 {% endfor %}
 {% endmacro %}
 
-{# So many items of work, shared by all threads; their number is `n`. #}
+{# Turn `turn` of sharing `count` items, `n`, among all threads; on a processor all turns in a loop. #}
+{% macro turns_of(count) -%}
+{{ 1 if SOFTWARE else (count + THREADS - 1) // THREADS }}
+{%- endmacro %}
 {% macro each_of(count, turn) -%}
+{%- if SOFTWARE %}for (var n = thread; n < {{ count }}u; n += {{ THREADS }}u) {
+{%- else -%}
 {%- if (turn + 1) * THREADS > count %}if (thread < {{ count - turn * THREADS }}u) {% endif -%}{
             let n = thread + {{ turn * THREADS }}u;
+{%- endif -%}
 {%- endmacro %}
 
 {% macro stage_k(from) %}
 {% set EIGHTS = D_TILES * M // 8 %}
-{% for turn in range((BLOCK_K * EIGHTS + THREADS - 1) // THREADS) %}
+{% for turn in range(turns_of(BLOCK_K * EIGHTS) | int) %}
         {{ each_of(BLOCK_K * EIGHTS, turn) }}
             let at = key_at(P.k_at, kb, kh, min({{ from }} + n / {{ EIGHTS }}u, k_last - 1u));
             let d = n % {{ EIGHTS }}u * 8u;
@@ -300,7 +336,7 @@ fn main(
 
         // V with its columns side by side: four keys by four columns at a time.
 {% set FOURS = BLOCK_K // 4 * (V_TILES * M // 4) %}
-{% for turn in range((FOURS + THREADS - 1) // THREADS) %}
+{% for turn in range(turns_of(FOURS) | int) %}
         {{ each_of(FOURS, turn) }}
             let j = n % {{ BLOCK_K // 4 }}u * 4u;
             let d = n / {{ BLOCK_K // 4 }}u * 4u;

@@ -13,6 +13,8 @@ use qkv::gpu::{Caps, CoopShape, DType, Gpu, Shader, Tensor, templates};
 /// How many variants there are, and how many different texts they make.
 const VARIANTS: usize = 15_217;
 const TEXTS: usize = 12_111;
+/// Texts among them that no browser is given: cooperative matrices are naga's own extension.
+const COOP_TEXTS: usize = 1;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -41,6 +43,26 @@ const SUBGROUPS: [Option<(u32, u32)>; 7] = [
     Some((128, 128)),
     None,
 ];
+
+/// Devices with cooperative matrices: subgroups, rows of a matrix, and whether plain loops stand for it.
+const MATRICES: [(Option<(u32, u32)>, (u32, bool)); 5] = [
+    (Some((32, 32)), (16, false)),
+    (Some((32, 64)), (16, false)),
+    (Some((32, 32)), (8, false)),
+    (Some((8, 8)), (16, true)),
+    (Some((8, 8)), (8, true)),
+];
+
+/// The shape of square matrices with f16 operands and f32 sums.
+fn matrix(m: u32) -> CoopShape {
+    CoopShape {
+        m,
+        n: m,
+        k: m,
+        ab: "f16".into(),
+        cr: "f32".into(),
+    }
+}
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -129,6 +151,7 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
     };
     let mut caps = gpu.caps().without_f16();
     (caps.f16, caps.storage_buffers) = (true, 8);
+    (caps.workgroup_memory, caps.invocations) = (32_768, 256);
     let view = |tensor, [b, h, l, d]: [u32; 4], dense: bool| {
         let gap = if dense { 0 } else { 1 };
         let row = d + gap;
@@ -139,6 +162,7 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
                    types: [usize; 4],
                    dense,
                    subgroups,
+                   matrices: Option<(u32, bool)>,
                    changes: &[usize],
                    ragged| {
         let [q, k, v, out] = types;
@@ -162,6 +186,8 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
         }
         let caps = Caps {
             subgroups,
+            cooperative: matrices.map(|(m, _)| matrix(m)).into_iter().collect(),
+            plain_matrices: matrices.is_some_and(|(_, plain)| plain),
             software: subgroups == SUBGROUPS[1],
             ..caps.clone()
         };
@@ -194,14 +220,14 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
         let types = [mix % 3, mix / 3 % 3, mix / 9 % 3, mix / 27];
         for dense in BOTH {
             for subgroups in [SUBGROUPS[1], None] {
-                ask([9, 12, 20], types, dense, subgroups, &[], false);
+                ask([9, 12, 20], types, dense, subgroups, None, &[], false);
             }
         }
     }
     for [d, dv] in DIMS {
         for q_len in [1, 2, 4, 9] {
             for subgroups in SUBGROUPS {
-                ask([q_len, d, dv], [0; 4], true, subgroups, &[], false);
+                ask([q_len, d, dv], [0; 4], true, subgroups, None, &[], false);
             }
         }
     }
@@ -217,10 +243,54 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
                 continue;
             }
             for subgroups in [SUBGROUPS[1], SUBGROUPS[3], None] {
-                ask([70, 12, 20], [0; 4], false, subgroups, changes, false);
+                ask([70, 12, 20], [0; 4], false, subgroups, None, changes, false);
                 // Histories, lengths and pages are not to be had with ragged keys.
                 if ![5, 8, 14].iter().any(|ix| changes.contains(ix)) {
-                    ask([70, 12, 20], [0; 4], true, subgroups, changes, true);
+                    ask([70, 12, 20], [0; 4], true, subgroups, None, changes, true);
+                }
+            }
+            for (subgroups, matrices) in MATRICES {
+                // The other forms differ in what no option changes.
+                if first == second || (subgroups, matrices) == MATRICES[0] {
+                    let matrices = Some(matrices);
+                    ask(
+                        [70, 12, 20],
+                        [1; 4],
+                        false,
+                        subgroups,
+                        matrices,
+                        changes,
+                        false,
+                    );
+                    if ![5, 8, 14].iter().any(|ix| changes.contains(ix)) {
+                        ask(
+                            [70, 12, 20],
+                            [1; 4],
+                            true,
+                            subgroups,
+                            matrices,
+                            changes,
+                            true,
+                        );
+                    }
+                }
+            }
+        }
+    }
+    for (subgroups, matrices) in MATRICES {
+        for [d, dv] in DIMS {
+            for out in 0..3 {
+                for dense in BOTH {
+                    let types = [1, 1, 1, out];
+                    ask(
+                        [70, d, dv],
+                        types,
+                        dense,
+                        subgroups,
+                        Some(matrices),
+                        &[],
+                        false,
+                    );
                 }
             }
         }
@@ -412,9 +482,10 @@ fn params_bytes(kernel: &str) -> u32 {
 
 /// Parses, validates and measures one kernel; the error says what is wrong.
 fn check(kernel: &str, text: &str) -> Result<(), String> {
-    // Capabilities that extensions stand for, of which f16 and subgroups are used; and unpacking f16 to
-    // f32, which is a capability to naga and every WebGPU device's.
+    // Capabilities that extensions stand for, of which f16, subgroups and cooperative matrices are used; and
+    // unpacking f16 to f32, which is a capability to naga and every WebGPU device's.
     let capabilities = Capabilities::SHADER_FLOAT16
+        | Capabilities::COOPERATIVE_MATRIX
         | Capabilities::SUBGROUP
         | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     let mut options = naga::front::wgsl::Options::new();
@@ -455,8 +526,12 @@ fn check(kernel: &str, text: &str) -> Result<(), String> {
             bindings.push(binding.binding);
         }
     }
-    // Where no more is offered: WebGPU's least limits.
-    if workgroup > 16_384 || storage > 8 {
+    // Where no more is offered: WebGPU's least limits, and what devices with cooperative matrices have.
+    let memory = match kernel {
+        "prefill_coop" => 32_768,
+        _ => 16_384,
+    };
+    if workgroup > memory || storage > 8 {
         return Err(format!(
             "{workgroup} bytes of workgroup memory, {storage} storage buffers"
         ));
@@ -475,21 +550,23 @@ fn every_variant_of_every_kernel_is_valid() {
     let templates = templates();
     let mut counts = BTreeMap::new();
     // Constants that a text does not use make variants of equal text: each text is checked once.
-    let mut texts = HashSet::new();
+    let (mut texts, mut coop_texts) = (HashSet::new(), 0);
     for shader in attention_variants().iter().cloned().chain(other_variants()) {
         let text = shader
             .expand(&templates)
             .unwrap_or_else(|e| panic!("{shader:?}: {e}"));
         *counts.entry(shader.kernel).or_insert(0) += 1;
-        if texts.insert(text.clone())
-            && let Err(e) = check(shader.kernel, &text)
-        {
-            panic!("{shader:?}: {e}");
+        if texts.insert(text.clone()) {
+            coop_texts += usize::from(shader.kernel == "prefill_coop");
+            if let Err(e) = check(shader.kernel, &text) {
+                panic!("{shader:?}: {e}");
+            }
         }
     }
     let all: usize = counts.values().sum();
-    println!("{all} variants, {} texts: {counts:?}", texts.len());
-    assert_eq!((all, texts.len()), (VARIANTS, TEXTS));
+    let texts = texts.len();
+    println!("{all} variants, {texts} texts, {coop_texts} of matrices: {counts:?}");
+    assert_eq!((all, texts, coop_texts), (VARIANTS, TEXTS, COOP_TEXTS));
 }
 
 /// Writes what browsers are given, each text once, for tests/dawn/check.mjs to hold against their compiler.
@@ -502,14 +579,16 @@ fn texts_for_browsers() {
     templates.add_global("BROWSER", true);
     let mut texts = BTreeSet::new();
     for shader in attention_variants().iter().cloned().chain(other_variants()) {
-        texts.insert((shader.kernel, shader.expand(&templates).unwrap()));
+        if shader.kernel != "prefill_coop" {
+            texts.insert((shader.kernel, shader.expand(&templates).unwrap()));
+        }
     }
     for (ix, (kernel, text)) in texts.iter().enumerate() {
         std::fs::write(folder.join(format!("{ix:04}-{kernel}.wgsl")), text).unwrap();
     }
-    std::fs::write(folder.join("count"), TEXTS.to_string()).unwrap();
+    std::fs::write(folder.join("count"), texts.len().to_string()).unwrap();
     println!("{} texts", texts.len());
-    assert_eq!(texts.len(), TEXTS);
+    assert_eq!(texts.len(), TEXTS - COOP_TEXTS);
 }
 
 /// Writes `prefill` and `decode` as planned for a device with 64 lanes and for one with 8 to 32, for
@@ -520,20 +599,13 @@ fn texts_for_compilers() {
     let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
     let mut caps = gpu().caps().without_f16();
     (caps.f16, caps.software) = (true, false);
-    let matrices = |m| CoopShape {
-        m,
-        n: m,
-        k: m,
-        ab: "f16".into(),
-        cr: "f32".into(),
-    };
     for (lanes, subgroups, m) in [
         ("64", (64, 64), None),
         ("8-32", (8, 32), None),
-        ("64-coop", (64, 64), Some(16)),
+        ("64 (matrices)", (32, 64), Some(16)),
     ] {
         caps.subgroups = Some(subgroups);
-        caps.cooperative = m.into_iter().map(matrices).collect();
+        caps.cooperative = m.into_iter().map(matrix).collect();
         for (d, dtype) in [64, 128]
             .into_iter()
             .flat_map(|d| TYPES[..2].iter().map(move |t| (d, *t)))
@@ -548,6 +620,10 @@ fn texts_for_compilers() {
                     ..Options::default()
                 };
                 let plan = plan(&Problem::new(&tensors, &options).unwrap(), &caps).unwrap();
+                let coop = plan.launches[0].shader.kernel == "prefill_coop";
+                if coop != m.is_some() {
+                    continue;
+                }
                 let text = plan.launches[0].shader.expand(&templates()).unwrap();
                 let name = format!(
                     "{}-{}-{d}-{lanes}.wgsl",

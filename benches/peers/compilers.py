@@ -7,7 +7,8 @@ COMMAND is called as `COMMAND GPU FILE --json` and `COMMAND GPU FILE --disasm`: 
 file for that GPU, none needed, and prints what the driver's VK_KHR_pipeline_executable_properties say, and
 with them the assembly. FOLDER has a folder for each side, with files KERNEL-TYPE-DIM[-LANES].wgsl or .spv:
 prefill-f16-128-8-32.wgsl; LANES, where the text hangs on the subgroups, is 64 (AMD) or 8-32 (Intel). A
-kernel of several launches has one file each, told apart in brackets: "decode-f32-64 (QK).spv". Ours come from
+kernel of several launches has one file each, told apart in brackets: "decode-f32-64 (QK).spv"; "(matrices)" is
+for navi31 alone, which has cooperative matrices. Ours come from
 
     QKV_TEXTS=FOLDER/qkv cargo test --release --test shaders -- --ignored texts_for_compilers
 
@@ -143,6 +144,8 @@ def main():
                         for path in sorted(side.iterdir()):
                             name, part = re.fullmatch(r"(.*?)( \(.*\))?", path.stem).groups()
                             if name not in (f"{kernel}-{kind}-{dim}", f"{kernel}-{kind}-{dim}-{lanes}"):
+                                continue
+                            if part == " (matrices)" and gpu != "navi31":
                                 continue
                             cells = [f"{dim}, {kind}", side.name + (part or ""), *figures(args.tool, gpu, path)]
                             print(f"| {' | '.join(map(str, cells))} |")

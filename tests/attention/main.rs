@@ -5,6 +5,7 @@
 
 #[path = "../support/compare.rs"]
 mod compare;
+mod coop;
 #[path = "../support/grid/mod.rs"]
 mod grid;
 mod limits;

@@ -4,10 +4,10 @@ use grid::Function;
 
 use super::*;
 
-type Change = fn(&mut Case);
+pub type Change = fn(&mut Case);
 
 /// Options by name; each changes a sound case of two batch rows, four query heads and two KV heads.
-const OPTIONS: [(&str, Change); 25] = [
+pub const OPTIONS: [(&str, Change); 25] = [
     ("causal", |case| case.causal = Some(Align::BottomRight)),
     ("causal from the first key", |case| {
         case.causal = Some(Align::TopLeft)

@@ -82,6 +82,12 @@ impl Coop {
         ROWS / self.m
     }
 
+    /// Turns of a tile's products by plain loops, all that they load and store among them.
+    pub(super) fn turns(self) -> u32 {
+        let products = (self.d_tiles + self.v_tiles) * self.tiles() * (BLOCK_K / self.m);
+        products * (self.m * self.m / self.lanes * (self.m + 2))
+    }
+
     /// Bytes of workgroup memory: a tile of K, one of V, weights, scores.
     fn memory(self) -> u32 {
         let k = BLOCK_K * (self.d_tiles * self.m + 8) * 2;

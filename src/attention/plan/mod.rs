@@ -127,10 +127,9 @@ fn prefill_keys(problem: &Problem, caps: &Caps) -> u64 {
     if !caps.software {
         return u64::MAX;
     }
-    // A tile's turns. Matrices by plain loops: a row's share of each product, and what comes and goes.
+    // A tile's turns. Matrices by plain loops: a lane's share of each product, and what comes and goes.
     if let Some(coop) = Coop::new(problem, caps) {
-        let products = 2 * (coop.d_tiles + coop.v_tiles) * coop.tiles() * 32 / coop.m;
-        return TURNS / (products as u64 * 8 + 200) * 32;
+        return TURNS / (coop.turns() as u64 + 200) * coop::BLOCK_K as u64;
     }
     // By lanes: its products, scores and weights.
     if by_lanes(caps) {

@@ -207,9 +207,7 @@ impl Planner<'_> {
                     count: kv * blocks * dv.div_ceil(share) as u64,
                     threads: false,
                     blocks,
-                    work: block_q as u64
-                        * problem.k_len() as u64
-                        * (head_dim + share) as u64,
+                    work: block_q as u64 * problem.k_len() as u64 * (head_dim + share) as u64,
                 },
             )?;
         }
