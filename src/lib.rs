@@ -72,6 +72,7 @@ pub mod reference;
 pub mod text;
 #[cfg(feature = "models")]
 pub mod translate;
+pub mod tune;
 
 pub use error::{Error, Result};
 pub use wgpu;

@@ -576,5 +576,9 @@ var<workgroup> wg: array<f32, 64>;
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
+    GPU.get_or_init(|| {
+        Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned()
+    })
 }
