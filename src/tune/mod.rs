@@ -44,15 +44,17 @@ pub struct Tuned {
 }
 
 /// Seconds that the kernels are timed for.
-const KERNELS_FOR: f64 = 0.9;
+const KERNELS_FOR: f64 = 0.7;
 /// Seconds that the best kernel's splits are timed for.
-const SPLITS_FOR: f64 = 0.4;
+const SPLITS_FOR: f64 = 0.3;
 /// Seconds of one run past which a shape is measured on a part of its heads.
 const LONG: f64 = 0.03;
 /// Workgroups of the table's choice that such a part keeps: they keep a large device busy, or a processor.
 const KEPT_GROUPS: [u64; 2] = [256, 32];
-/// Runs of each candidate that is not dropped: as few where time is out, as many where it is not.
-const ROUNDS: [usize; 2] = [3, 40];
+/// Runs of each candidate that is not dropped, at most.
+const ROUNDS: usize = 40;
+/// Rounds, and the share of them, in which another must beat the table's choice to take its place.
+const BEATEN: (usize, f64) = (3, 0.7);
 /// How much faster than the table's choice another must be to take its place: less is noise.
 const BETTER: f64 = 0.97;
 
@@ -215,7 +217,7 @@ impl<'a> Contest<'a> {
     /// Runs the entries in turns, for so many seconds or until one is left.
     fn time(&mut self, seconds: f64) -> Result<()> {
         let started = Instant::now();
-        for round in 1..=ROUNDS[1] {
+        for round in 1..=ROUNDS {
             for entry in &mut self.entries {
                 let time = self.job.gpu.time(&entry.recording)?;
                 entry.seconds.push(time.as_secs_f64());
@@ -231,7 +233,7 @@ impl<'a> Contest<'a> {
             let slow = self.entries.extract_if(.., |entry| entry.least() > bound);
             self.dropped
                 .extend(slow.map(|entry| (entry.candidate, entry.median())));
-            let out = round >= ROUNDS[0] && started.elapsed().as_secs_f64() > seconds;
+            let out = started.elapsed().as_secs_f64() > seconds;
             if self.entries.len() <= 1 || out {
                 break;
             }
@@ -239,15 +241,26 @@ impl<'a> Contest<'a> {
         Ok(())
     }
 
-    /// The fastest; the table's choice where that is hardly slower.
+    /// The fastest; the table's choice unless others beat it for sure, in rounds that both ran in.
     fn best(&self, table: Candidate) -> Option<Candidate> {
-        let fastest = self
-            .entries
-            .iter()
-            .min_by(|a, b| a.median().total_cmp(&b.median()))?;
-        let table = self.entries.iter().find(|entry| entry.candidate == table);
-        let close = table.filter(|table| fastest.median() > BETTER * table.median());
-        Some(close.unwrap_or(fastest).candidate)
+        let others = self.entries.iter().filter(|e| e.candidate != table);
+        let Some(table) = self.entries.iter().find(|e| e.candidate == table) else {
+            return others
+                .min_by(|a, b| a.median().total_cmp(&b.median()))
+                .map(|entry| entry.candidate);
+        };
+        let ratios = others.filter_map(|entry| {
+            let rounds = entry.seconds.iter().zip(&table.seconds);
+            let mut ratios: Vec<f64> = rounds.map(|(a, b)| a / b).collect();
+            let wins = ratios.iter().filter(|&&ratio| ratio < 1.0).count() as f64;
+            ratios.sort_by(f64::total_cmp);
+            let (least, share) = BEATEN;
+            let sure = ratios.len() >= least && wins >= share * ratios.len() as f64;
+            sure.then(|| (ratios[ratios.len() / 2], entry.candidate))
+        });
+        let best = ratios.min_by(|a, b| a.0.total_cmp(&b.0));
+        let best = best.filter(|&(ratio, _)| ratio < BETTER);
+        Some(best.map_or(table.candidate, |(_, candidate)| candidate))
     }
 
     /// All but these leave, and they are timed anew, beside those that come.

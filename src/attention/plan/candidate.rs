@@ -40,7 +40,7 @@ pub struct Candidate {
 }
 
 /// Scratch of the three passes, in words, up to which a measurement may choose them.
-const THREE_PASS_SCRATCH: u64 = 1 << 20;
+const THREE_PASS_SCRATCH: u64 = 1 << 18;
 /// Query rows of one KV head's group up to which `decode` is worth a measurement.
 const DECODE_ROWS: u32 = 64;
 /// Keys of a part below which no measurement splits.
@@ -73,6 +73,30 @@ fn register_room(caps: &Caps, lanes: Option<u32>) -> u32 {
         (_, Some(32)) => 224,
         _ => 96,
     }
+}
+
+/// Query rows at once that a decode kernel has room for, up to 8.
+fn decode_rows(problem: &Problem, caps: &Caps, lanes: Option<u32>) -> u32 {
+    let most = match problem.options.batch_invariant {
+        true => 8,
+        false => group_rows(problem).min(8),
+    };
+    let mut rows = most.next_power_of_two();
+    let least_keys = if lanes.is_some() { 1 } else { 4 };
+    while rows > 1
+        && (decode_memory(problem, lanes, rows) > WORKGROUP_MEMORY
+            || decode_registers(problem, lanes, rows, least_keys) > register_room(caps, lanes))
+    {
+        rows /= 2;
+    }
+    rows
+}
+
+/// Parts of the key axis that keep the device busy and are not too short.
+fn enough_splits(problem: &Problem, caps: &Caps, rows: u32) -> u32 {
+    let enough = ENOUGH_GROUPS[usize::from(caps.software)];
+    let wanted = enough.div_ceil(decode_groups(problem, rows).max(1)) as u32;
+    wanted.min(problem.k_len() / SPLIT_AT_LEAST).max(1)
 }
 
 /// Workgroup memory of a decode kernel.
@@ -118,32 +142,21 @@ impl Candidate {
                     Some(_) => Subgroups::Lanes,
                     None => Subgroups::Unused,
                 };
-                let most = match problem.options.batch_invariant {
-                    true => 8,
-                    false => group_rows(problem).min(8),
-                };
-                let mut rows = most.next_power_of_two();
+                let rows = decode_rows(problem, caps, lanes);
                 let room = register_room(caps, lanes);
-                let least_keys = if lanes.is_some() { 1 } else { 4 };
-                while rows > 1
-                    && (decode_memory(problem, lanes, rows) > WORKGROUP_MEMORY
-                        || decode_registers(problem, lanes, rows, least_keys) > room)
-                {
-                    rows /= 2;
-                }
                 // Several rows and keys share what is read; few rows would only use up registers.
                 let many = lanes.is_some()
                     && rows >= 4
                     && decode_registers(problem, lanes, rows, 4) <= room;
-                let groups = decode_groups(problem, rows);
-                let wanted = (ENOUGH_GROUPS as u64).div_ceil(groups.max(1)) as u32;
-                let parts = wanted.min(problem.k_len() / SPLIT_AT_LEAST).max(1);
                 Candidate {
                     route,
                     subgroups,
                     rows,
                     keys: if many { 4 } else { 1 },
-                    splits: problem.options.splits.unwrap_or(parts),
+                    splits: match problem.options.splits {
+                        Some(splits) => splits,
+                        None => enough_splits(problem, caps, rows),
+                    },
                 }
             }
         })
@@ -235,37 +248,26 @@ impl Candidate {
                 None => vec![Subgroups::Unused],
             };
             for subgroups in kinds {
-                for (n, keys) in [
-                    (8, 4),
-                    (8, 1),
-                    (4, 4),
-                    (4, 1),
-                    (2, 4),
-                    (2, 1),
-                    (1, 4),
-                    (1, 1),
-                ] {
-                    let candidate = Candidate {
-                        route: Route::Decode,
-                        subgroups,
-                        rows: n,
-                        keys,
-                        splits: 1,
-                    };
-                    let lanes = candidate.lanes(caps);
-                    let most = rows.min(8).next_power_of_two();
-                    // A quarter of the rows reads K and V four times as often.
-                    let few = n * 2 < most && n * 2 < table.rows;
-                    let held = decode_registers(problem, lanes, n, keys);
-                    if n > most || few || held > 2 * register_room(caps, lanes) {
-                        continue;
+                let mut candidate = Candidate {
+                    route: Route::Decode,
+                    subgroups,
+                    ..Candidate::three_pass()
+                };
+                let lanes = candidate.lanes(caps);
+                let table = decode_rows(problem, caps, lanes);
+                // Half of the rows reads K and V twice as often, which a processor never hides.
+                let half = (!by_lanes(caps)).then_some(table / 2);
+                let double = Some(2 * table).filter(|&n| n <= rows.next_power_of_two());
+                for n in [Some(table), half, double].into_iter().flatten() {
+                    for keys in [4, 1] {
+                        if decode_registers(problem, lanes, n, keys)
+                            <= 2 * register_room(caps, lanes)
+                        {
+                            (candidate.rows, candidate.keys) = (n, keys);
+                            candidate.splits = enough_splits(problem, caps, n.max(1));
+                            all.push(candidate);
+                        }
                     }
-                    let wanted = (ENOUGH_GROUPS as u64).div_ceil(decode_groups(problem, n).max(1));
-                    let parts = (problem.k_len() / SPLIT_AT_LEAST).max(1);
-                    all.push(Candidate {
-                        splits: (wanted as u32).min(parts),
-                        ..candidate
-                    });
                 }
             }
         }
