@@ -185,6 +185,7 @@ fn a_choice_that_does_not_fit_is_left() {
         "prefill by maxima, 2 rows",
         "prefill by lanes, 16 rows",
         "decode by lanes, 4 rows, 4 keys, 2 splits",
+        "decode by lanes, 4 rows, 1 keys, 2 splits",
     ] {
         let candidate = candidate(text);
         assert!(candidate.fits(&problem, &caps), "{text}");

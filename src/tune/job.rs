@@ -270,6 +270,29 @@ mod tests {
     use crate::gpu::Caps;
 
     #[test]
+    fn what_is_wrong_in_other_rows_only_differs_from_the_others() {
+        let gpu = Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned();
+        let mut job = Job::new(&gpu, &"1,1,1,40,40,8".parse().unwrap()).unwrap();
+        let candidate = job.kernels().unwrap()[0];
+        let right = job.record(candidate).unwrap();
+        let causal = Options {
+            causal: true,
+            ..Options::default()
+        };
+        let wrong = job.record_with(candidate, &causal).unwrap();
+        let said = job.check(&wrong).unwrap().unwrap_err();
+        assert!(said.contains("row 0 is off"), "{said}");
+        // The last row sees all keys either way.
+        job.wanted.retain(|(row, _)| *row == 39);
+        assert_eq!(job.wanted.len(), 1);
+        assert_eq!(job.check(&right).unwrap(), Ok(()));
+        let said = job.check(&wrong).unwrap().unwrap_err();
+        assert!(said.contains("row 0 differs"), "{said}");
+    }
+
+    #[test]
     fn every_candidate_of_many_shapes_answers_right() {
         let gpu = Gpu::new()
             .expect("a device: see scripts/with-gpu")

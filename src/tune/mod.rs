@@ -304,7 +304,7 @@ mod tests {
         let job = Job::new(&gpu, &shape).unwrap();
         let kernels = job.kernels().unwrap();
         assert!(kernels.len() >= 2, "{kernels:?}");
-        // Wrong in the rows that the oracle sees; only in others; an answer that leaves all as it was.
+        // Another law, which is half the work; and nothing at all.
         let causal = Options {
             causal: true,
             ..Options::default()
