@@ -268,7 +268,7 @@ fn main() -> qkv::Result<()> {
         .skip(1)
         .filter(|word| word != "--bench")
         .collect();
-    let gpu = Gpu::new()?;
+    let gpu = Gpu::new()?.untuned();
     let big = gpu.empty("big", DType::F32, &[16 << 20])?;
     let flush = Probe::new(&gpu, &reads(), &big, 256);
     let bandwidth = (64 << 20) as f64 / flush.best(&gpu) / 1e9;

@@ -130,7 +130,7 @@ fn stored(gpu: &Gpu, dtype: DType, d: u32, values: &[f32]) -> qkv::Result<Vec<f6
 }
 
 fn main() -> qkv::Result<()> {
-    let gpu = Gpu::new()?;
+    let gpu = Gpu::new()?.untuned();
     println!("{}", gpu.caps().name);
     for shape in SHAPES {
         let [b, heads, kv_heads, k_len, d] = shape;

@@ -19,7 +19,7 @@ use qkv::translate::Translator;
 const SENTENCES: &str = include_str!("sentences.txt");
 
 fn main() {
-    let gpu = Gpu::new().expect("a device");
+    let gpu = Gpu::new().expect("a device").untuned();
     let started = Instant::now();
     let translator = Translator::load(&gpu, &Source::Embedded, DType::F32, &mut |_, _| {})
         .expect("the embedded model");

@@ -22,7 +22,9 @@ const ROUNDING: f64 = 0.001;
 fn completer() -> Option<&'static Completer> {
     static COMPLETER: OnceLock<Option<Completer>> = OnceLock::new();
     let load = || {
-        let gpu = Gpu::new().expect("a device: see scripts/with-gpu");
+        let gpu = Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned();
         let source = Source::at(smollm2()?);
         Some(Completer::load(&gpu, &source, DType::F32, &mut |_, _| {}).unwrap())
     };

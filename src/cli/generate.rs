@@ -4,11 +4,10 @@ use std::time::Instant;
 
 use clap::Args;
 use qkv::complete::{Completer, End, Rules};
-use qkv::gpu::Gpu;
 use qkv::ops::Sampling;
 use qkv::{Error, Result};
 
-use super::{ModelOptions, load, say};
+use super::{Device, ModelOptions, load, say};
 
 /// The most tokens that are written where none are asked for.
 const MAX_TOKENS: u32 = 256;
@@ -79,7 +78,7 @@ pub struct Options {
     prompt: String,
 }
 
-pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
+pub fn run(options: &Options, device: &Device) -> Result<()> {
     let sampling = Sampling {
         repeat_penalty: options.repeat_penalty,
         temperature: options.temperature,
@@ -100,7 +99,7 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
         let bound = "a directory or a GGUF file: the embedded model translates";
         return Err(Error::refused("--model", "absent", bound));
     }
-    let gpu = Gpu::choose(device)?;
+    let gpu = device.open()?;
     let (source, dtype) = (options.model.source()?, options.model.dtype());
     let completer = load(&gpu, |gpu, progress| {
         Completer::load(gpu, &source, dtype, progress)

@@ -7,6 +7,7 @@ mod forward;
 mod generate;
 mod picture;
 mod translate;
+mod tune;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -25,6 +26,9 @@ struct Cli {
     /// QKV_DEVICE if not given
     #[arg(long, global = true)]
     device: Option<String>,
+    /// Choose kernels by the table of capabilities alone, whatever `qkv tune` has found
+    #[arg(long, global = true)]
+    no_tune: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -41,6 +45,21 @@ enum Command {
     Generate(generate::Options),
     /// List the devices, what they can do, and which one would be taken
     Devices(devices::Options),
+    /// Measure which kernels are best on this device for attention of some shapes, and save it
+    Tune(tune::Options),
+}
+
+/// Which device, and whether what was measured on it counts.
+struct Device<'a> {
+    wanted: Option<&'a str>,
+    no_tune: bool,
+}
+
+impl Device<'_> {
+    fn open(&self) -> Result<Gpu> {
+        let gpu = Gpu::choose(self.wanted)?;
+        Ok(if self.no_tune { gpu.untuned() } else { gpu })
+    }
 }
 
 #[derive(Args)]
@@ -94,14 +113,18 @@ pub fn run() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
-    let device = cli.device.as_deref().filter(|device| !device.is_empty());
+    let device = &Device {
+        wanted: cli.device.as_deref().filter(|device| !device.is_empty()),
+        no_tune: cli.no_tune,
+    };
     let succeed = |()| ExitCode::SUCCESS;
     let done = match &cli.command {
         Command::Attend(options) => attend::run(options, device),
         Command::Translate(options) => translate::run(options, device).map(succeed),
         Command::Forward(options) => forward::run(options, device).map(succeed),
         Command::Generate(options) => generate::run(options, device).map(succeed),
-        Command::Devices(options) => devices::run(options, device).map(succeed),
+        Command::Devices(options) => devices::run(options, device.wanted).map(succeed),
+        Command::Tune(options) => tune::run(options, device).map(succeed),
     };
     match done {
         Ok(code) => code,

@@ -4,6 +4,7 @@
 mod adapter;
 pub mod blocks;
 mod caps;
+mod choices;
 mod pipeline_cache;
 mod recorder;
 mod shader;
@@ -39,6 +40,7 @@ struct Inner {
     templates: minijinja::Environment<'static>,
     pipelines: Mutex<HashMap<Shader, wgpu::ComputePipeline>>,
     cache: Option<pipeline_cache::DiskCache>,
+    choices: choices::Choices,
     stats: Arc<Stats>,
     trouble: Arc<Mutex<Trouble>>,
 }
@@ -72,7 +74,8 @@ impl Gpu {
         let info = adapter.get_info();
         let cooperative = adapter::cooperative(&adapter);
         let cache = pipeline_cache::DiskCache::open(&device, &info);
-        let gpu = Gpu::assemble(device, queue, cooperative, cache);
+        let choices = choices::Choices::open(&info);
+        let gpu = Gpu::assemble(device, queue, cooperative, cache, choices);
         let trouble = gpu.0.trouble.clone();
         gpu.0
             .device
@@ -95,12 +98,15 @@ impl Gpu {
     }
 
     /// An engine inside a device of the caller's, with the powers that the device was made with. Its
-    /// callbacks are left alone; recordings never submit or wait.
+    /// callbacks are left alone; recordings never submit or wait. It reads and writes no files: what is
+    /// tuned on it is kept in memory.
     pub fn from_wgpu(device: &wgpu::Device, queue: &wgpu::Queue) -> Gpu {
-        Gpu::assemble(device.clone(), queue.clone(), Vec::new(), None)
+        let choices = choices::Choices::default();
+        Gpu::assemble(device.clone(), queue.clone(), Vec::new(), None, choices)
     }
 
-    /// The same device with fewer powers, for tests of the variants that lesser devices run.
+    /// The same device with fewer powers, for tests of the variants that lesser devices run. It takes over
+    /// what was tuned so far, and keeps what is tuned on it to itself.
     pub fn narrowed(&self, caps: Caps) -> Gpu {
         let inner = &self.0;
         Gpu(Arc::new(Inner {
@@ -110,6 +116,7 @@ impl Gpu {
             templates: shader::templates(),
             pipelines: Mutex::default(),
             cache: None,
+            choices: inner.choices.copied(),
             stats: Arc::default(),
             trouble: inner.trouble.clone(),
         }))
@@ -120,6 +127,7 @@ impl Gpu {
         queue: wgpu::Queue,
         cooperative: Vec<CoopShape>,
         cache: Option<pipeline_cache::DiskCache>,
+        choices: choices::Choices,
     ) -> Gpu {
         Gpu(Arc::new(Inner {
             caps: Caps::new(
@@ -133,6 +141,7 @@ impl Gpu {
             templates: shader::templates(),
             pipelines: Mutex::default(),
             cache,
+            choices,
             stats: Arc::default(),
             trouble: Arc::default(),
         }))

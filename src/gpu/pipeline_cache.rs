@@ -80,7 +80,7 @@ fn unseal(file: Vec<u8>) -> Option<Vec<u8>> {
 }
 
 /// FNV-1a, 64 bits.
-fn checksum(data: &[u8]) -> u64 {
+pub(super) fn checksum(data: &[u8]) -> u64 {
     data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
         (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3)
     })

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, OnceLock};
 
+use super::pipeline_cache::checksum;
 use crate::{Error, Result};
 
 /// A constant of a variant, as the template sees it.
@@ -152,6 +153,15 @@ pub fn templates() -> minijinja::Environment<'static> {
             .expect("the shaders' templates parse, which a test asserts");
     }
     templates
+}
+
+/// A number that changes with any text under `shaders/`.
+pub(super) fn fingerprint() -> u64 {
+    let texts: Vec<&str> = SOURCES
+        .iter()
+        .flat_map(|&(name, text)| [name, text])
+        .collect();
+    checksum(texts.join("\0").as_bytes())
 }
 
 /// Whether a kernel has a function, a type, a constant or a variable of that name at its outermost level.
