@@ -15,8 +15,8 @@ pub struct CausalSettings {
     pub eos: Vec<u32>,
     /// How tokens are chosen; [`Sampling::GREEDY`] for the likeliest.
     pub sampling: Sampling,
-    /// Prompt r draws by `seed` + r and its own length alone: behind another's place or in a batch of its own it
-    /// writes the same with that seed.
+    /// Prompt r of a [`CausalGenerator`] draws by `seed` + r, a request of a [`super::Batch`] by `seed`, and by its own
+    /// length alone: in another's place or in a batch of its own it writes the same with that seed.
     pub seed: u64,
 }
 
@@ -30,6 +30,30 @@ impl CausalSettings {
             seed: 0,
         }
     }
+
+    /// An error for what no model of so many tokens can go by.
+    pub(super) fn check(&self, vocab: u32) -> Result<()> {
+        if let Some(id) = self.eos.iter().find(|&&id| id >= vocab) {
+            let bound = format!("below the vocabulary's {vocab}");
+            return Err(Error::refused("an end token", id, bound));
+        }
+        if self.max_tokens == 0 {
+            return Err(Error::refused("max_tokens", 0, "at least 1"));
+        }
+        self.sampling.check()
+    }
+}
+
+/// A bit for each token of each text. `[texts, V / 32 rounded up]`
+pub(super) fn seen<T: AsRef<[u32]>>(texts: &[T], vocab: u32) -> Vec<u32> {
+    let words = vocab.div_ceil(32) as usize;
+    let mut bits = vec![0; texts.len() * words];
+    for (row, text) in bits.chunks_mut(words).zip(texts) {
+        for &token in text.as_ref() {
+            row[token as usize / 32] |= 1 << (token % 32);
+        }
+    }
+    bits
 }
 
 /// Goes on with a batch of prompts, one token a step: an iterator of [`Step`]. The first step reads the
@@ -62,17 +86,13 @@ impl<'m> CausalGenerator<'m> {
         settings: &CausalSettings,
     ) -> Result<Self> {
         let (gpu, spec) = (model.gpu(), model.spec());
-        if let Some(id) = settings.eos.iter().find(|&&id| id >= spec.vocab) {
-            let bound = format!("below the vocabulary's {}", spec.vocab);
-            return Err(Error::refused("an end token", id, bound));
-        }
-        settings.sampling.check()?;
+        settings.check(spec.vocab)?;
         let padded = Padded::new(prompts, 0);
         let room = spec.max_positions.saturating_sub(padded.len) as u64 + 1;
-        if settings.max_tokens == 0 || settings.max_tokens as u64 > room {
+        if settings.max_tokens as u64 > room {
             let (most, longest) = (spec.max_positions, padded.len);
             let bound = format!(
-                "at least 1, and within the model's {most} positions behind the longest prompt's {longest}"
+                "within the model's {most} positions behind the longest prompt's {longest}"
             );
             return Err(Error::refused("max_tokens", settings.max_tokens, bound));
         }
@@ -95,15 +115,7 @@ impl<'m> CausalGenerator<'m> {
         // The plain kernel finds the likeliest of logits as they are.
         let chance = temperature > 0.0 || repeat_penalty != 1.0;
         let bits = match chance {
-            true => {
-                let mut seen = vec![0u32; (n * words) as usize];
-                for (row, prompt) in prompts.iter().enumerate() {
-                    for &token in prompt.as_ref() {
-                        seen[row * words as usize + token as usize / 32] |= 1 << (token % 32);
-                    }
-                }
-                gpu.upload_u32("seen", &[n, words], &seen)?
-            }
+            true => gpu.upload_u32("seen", &[n, words], &seen(prompts, spec.vocab))?,
             false => {
                 let all = vec![u32::MAX; 2 * words as usize];
                 gpu.upload_u32("allowed", &[2, words], &all)?

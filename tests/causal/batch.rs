@@ -8,6 +8,7 @@ use qkv::cache::{Keep, PagedCache, SequenceId};
 use qkv::generate::{Batch, BatchSettings, CausalSettings, Event, RequestId, Sequence};
 use qkv::gpu::{DType, Recorder};
 use qkv::model::{CausalModel, CausalSpec, RopeScaling};
+use qkv::ops::Sampling;
 
 use crate::compare::{Tolerance, compare_rows};
 use crate::maker::{make, specs};
@@ -367,6 +368,92 @@ fn batches_write_what_each_prompt_gets_alone() {
     }
 }
 
+/// Ways to choose tokens, greedy ones among them.
+fn samplings() -> [Sampling; 5] {
+    let drawn = Sampling {
+        temperature: 1.5,
+        ..Sampling::GREEDY
+    };
+    [
+        Sampling::GREEDY,
+        drawn,
+        Sampling { top_k: 5, ..drawn },
+        Sampling {
+            top_p: 0.7,
+            min_p: 0.01,
+            repeat_penalty: 2.0,
+            ..drawn
+        },
+        Sampling {
+            repeat_penalty: 3.0,
+            ..Sampling::GREEDY
+        },
+    ]
+}
+
+#[test]
+fn each_request_is_drawn_by_its_own_rules() {
+    for (name, spec) in two() {
+        let (model, _) = make(gpu(), &spec, DType::F32);
+        let prompts = prompts(spec.vocab);
+        let rules = |ix: usize| CausalSettings {
+            sampling: samplings()[ix % 5],
+            seed: 1 << 40 | ix as u64,
+            ..CausalSettings::greedy(8 + ix as u32 % 5, vec![ix as u32])
+        };
+        let run = |there: &[usize], budget, pages| -> (Vec<Sequence>, u64) {
+            let settings = BatchSettings {
+                pages,
+                page_len: 5,
+                types: [DType::F32; 2],
+                budget,
+                max_sequences: 12,
+            };
+            let mut batch = Batch::new(&model, settings).unwrap();
+            let ids: Vec<RequestId> = there
+                .iter()
+                .map(|&ix| batch.add(&prompts[ix], &rules(ix)))
+                .collect();
+            let got = answers(batch, budget);
+            let texts = ids.iter().map(|id| got.texts[id].clone()).collect();
+            (texts, got.preemptions)
+        };
+        let all: Vec<usize> = (0..prompts.len()).collect();
+        let alone: Vec<Sequence> = all
+            .iter()
+            .map(|&ix| run(&[ix], 64, 20).0.remove(0))
+            .collect();
+        for (ix, alone) in alone.iter().enumerate() {
+            let prompt = std::slice::from_ref(&prompts[ix]);
+            let want = generate(&model, prompt, &rules(ix)).remove(0);
+            assert_eq!(alone.tokens, want.tokens, "{name}, prompt {ix}");
+            assert!((alone.score - want.score).abs() < 1e-3, "{name}");
+        }
+        let backwards: Vec<usize> = all.iter().rev().copied().collect();
+        let mut preemptions = 0;
+        for (there, budget, pages) in [(&all, 64, 200), (&all, 9, 13), (&backwards, 16, 200)] {
+            let (texts, gave_up) = run(there, budget, pages);
+            preemptions += gave_up;
+            for (&ix, text) in there.iter().zip(&texts) {
+                assert_eq!(text.tokens, alone[ix].tokens, "{name}, prompt {ix}");
+                let bits = [text, &alone[ix]].map(|text| text.score.to_bits());
+                assert_eq!(bits[0], bits[1], "{name}, prompt {ix}");
+            }
+        }
+        assert!(preemptions > 0 || spec.windows[0].is_some(), "{name}");
+        // The rules do something: as many texts differ from greedy ones.
+        let greedy = all.iter().filter(|&&ix| {
+            let prompt = std::slice::from_ref(&prompts[ix]);
+            let plain = CausalSettings {
+                sampling: Sampling::GREEDY,
+                ..rules(ix)
+            };
+            generate(&model, prompt, &plain)[0].tokens == alone[ix].tokens
+        });
+        assert!(greedy.count() <= 5, "{name}");
+    }
+}
+
 #[test]
 fn what_never_fits_is_refused_alone() {
     let (_, spec) = two()[0].clone();
@@ -379,6 +466,8 @@ fn what_never_fits_is_refused_alone() {
         max_sequences: 3,
     };
     let limits = CausalSettings::greedy;
+    let mut strange = limits(2, vec![]);
+    strange.sampling.top_p = 0.0;
     let mut batch = Batch::new(&model, settings).unwrap();
     let good = tokens(10, &[12, 25, 4], spec.vocab);
     let mut kept = vec![batch.add(&good[0], &limits(5, vec![]))];
@@ -390,6 +479,7 @@ fn what_never_fits_is_refused_alone() {
         (batch.add(&[spec.vocab], &limits(2, vec![])), "vocabulary"),
         (batch.add(&[1], &limits(0, vec![])), "max_tokens"),
         (batch.add(&[1], &limits(2, vec![spec.vocab])), "end token"),
+        (batch.add(&[1], &strange), "top_p"),
     ];
     kept.push(batch.add(&good[1], &limits(6, vec![])));
     kept.push(batch.add(&good[2], &limits(5, vec![])));
