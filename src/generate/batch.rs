@@ -67,6 +67,15 @@ struct Request {
     settings: CausalSettings,
 }
 
+impl Request {
+    fn written(&self) -> Sequence {
+        Sequence {
+            tokens: self.text[self.prompt..].to_vec(),
+            score: self.score,
+        }
+    }
+}
+
 struct Running {
     request: Request,
     cached: SequenceId,
@@ -127,12 +136,12 @@ impl<'m> Batch<'m> {
             .max_sequences
             .min(settings.budget)
             .min(settings.pages);
-        // Only what no layer sees any more may go.
-        let windows: Option<Vec<u32>> = spec.windows.iter().copied().collect();
-        let window = windows.and_then(|windows| windows.into_iter().max());
         let words = spec.vocab.div_ceil(32);
         Ok(Batch {
-            keep: Keep { window, first: 0 },
+            keep: Keep {
+                window: window(model),
+                first: 0,
+            },
             cache,
             next: 0,
             waiting: VecDeque::new(),
@@ -152,6 +161,54 @@ impl<'m> Batch<'m> {
                 ..settings
             },
         })
+    }
+
+    /// A batch with pages for as many of these texts as may run at a time, counted in positions; fewer, down to
+    /// what the longest takes, where the settings or the device's memory have fewer.
+    ///
+    /// # Errors
+    /// As [`Batch::new`]; [`Error::Refused`] for a text that the device cannot hold.
+    pub fn for_texts(
+        model: &'m CausalModel,
+        settings: BatchSettings,
+        positions: &[u32],
+    ) -> Result<Self> {
+        if settings.page_len == 0 {
+            return Err(Error::refused("page_len", 0, "at least 1"));
+        }
+        let window = window(model);
+        let pages_of = |&n: &u32| pages_of(u64::from(n), &settings, window);
+        let mut needs: Vec<u64> = positions.iter().map(pages_of).collect();
+        needs.sort_unstable_by_key(|&n| std::cmp::Reverse(n));
+        let longest = needs.first().map_or(1, |&n| n.max(1));
+        let wanted = needs.iter().take(settings.max_sequences as usize).sum();
+        // What a kernel may bind of a layer.
+        let heads = model.spec().heads;
+        let page = settings.types.map(|dtype| {
+            let bytes = dtype.bytes(&[heads.kv_heads, settings.page_len, heads.head_dim]);
+            model.gpu().caps().max_binding / bytes.max(1)
+        });
+        let most = page[0].min(page[1]).min(u64::from(settings.pages));
+        if longest > most {
+            let n = positions.iter().max().copied().unwrap_or(0);
+            let page_len = settings.page_len;
+            let bound = format!("it takes {longest} pages of {page_len}, and there may be {most}");
+            return Err(Error::refused("a text's positions", n, bound));
+        }
+        let mut pages = u64::max(wanted, longest).min(most);
+        loop {
+            let made = Batch::new(
+                model,
+                BatchSettings {
+                    pages: pages as u32,
+                    ..settings
+                },
+            );
+            match made {
+                Err(Error::OutOfMemory(_)) if pages > longest => pages = longest.max(pages / 2),
+                made => return made,
+            }
+        }
     }
 
     /// Queues a prompt behind those that are there. What is wrong with it, if anything, the next step says: see
@@ -200,16 +257,22 @@ impl<'m> Batch<'m> {
 
     /// The most pages that a text of so many positions holds at a time.
     fn pages_of(&self, positions: u64) -> u64 {
-        let page_len = u64::from(self.settings.page_len);
-        let whole = positions.div_ceil(page_len);
-        match self.keep.window {
-            // A chunk and the window before it, anywhere in their pages.
-            Some(window) => {
-                let seen = u64::from(window) - 1 + u64::from(self.settings.budget);
-                whole.min(seen.div_ceil(page_len) + 1)
-            }
-            None => whole,
+        pages_of(positions, &self.settings, self.keep.window)
+    }
+
+    /// Ends a request before its end; the answer is what is written so far, or none where it is answered already.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn cancel(&mut self, id: RequestId) -> Result<Option<Sequence>> {
+        if let Some(at) = self.running.iter().position(|row| row.request.id == id) {
+            let row = self.running.remove(at);
+            self.cache.remove(row.cached)?;
+            return Ok(Some(row.request.written()));
         }
+        let at = self.waiting.iter().position(|request| request.id == id);
+        let request = at.and_then(|at| self.waiting.remove(at));
+        Ok(request.map(|request| request.written()))
     }
 
     /// Whether all requests are answered.
@@ -392,17 +455,14 @@ impl<'m> Batch<'m> {
                 token,
                 logprob,
             });
-            let written = &request.text[request.prompt..];
-            let full = written.len() == request.settings.max_tokens as usize;
-            if full || request.settings.eos.contains(&token) {
+            let written = request.text.len() - request.prompt;
+            if written == request.settings.max_tokens as usize
+                || request.settings.eos.contains(&token)
+            {
                 self.cache.remove(cached)?;
-                let sequence = Sequence {
-                    tokens: written.to_vec(),
-                    score: request.score,
-                };
                 events.push(Event::Finished {
                     request: id,
-                    sequence,
+                    sequence: request.written(),
                 });
             } else {
                 running.push(row);
@@ -427,5 +487,25 @@ impl<'m> Batch<'m> {
         let texts: Vec<&[u32]> = rows.iter().map(|row| &row.request.text[..]).collect();
         let seen = seen(&texts, self.model.spec().vocab);
         gpu.write(&self.seen, bytemuck::cast_slice(&seen))
+    }
+}
+
+/// The most keys that any layer sees, if none sees all: only what no layer sees any more may go.
+fn window(model: &CausalModel) -> Option<u32> {
+    let windows: Option<Vec<u32>> = model.spec().windows.iter().copied().collect();
+    windows.and_then(|windows| windows.into_iter().max())
+}
+
+/// The most pages that a text of so many positions holds at a time.
+fn pages_of(positions: u64, settings: &BatchSettings, window: Option<u32>) -> u64 {
+    let page_len = u64::from(settings.page_len);
+    let whole = positions.div_ceil(page_len);
+    match window {
+        // A chunk and the window before it, anywhere in their pages.
+        Some(window) => {
+            let seen = u64::from(window) - 1 + u64::from(settings.budget);
+            whole.min(seen.div_ceil(page_len) + 1)
+        }
+        None => whole,
     }
 }

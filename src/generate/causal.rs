@@ -74,7 +74,7 @@ pub struct CausalGenerator<'m> {
 }
 
 impl<'m> CausalGenerator<'m> {
-    /// Prepares to go on with prompts of one length or of several.
+    /// Prepares to go on with prompts of one length or of several; keys and values are stored as activations are.
     ///
     /// # Errors
     /// [`Error::Refused`] for no prompts, an empty one, tokens outside the vocabulary, and prompts that leave
@@ -84,6 +84,19 @@ impl<'m> CausalGenerator<'m> {
         model: &'m CausalModel,
         prompts: &[R],
         settings: &CausalSettings,
+    ) -> Result<Self> {
+        CausalGenerator::with_cache(model, prompts, settings, [model.dtype(); 2])
+    }
+
+    /// As [`CausalGenerator::new`], with keys and values stored as `types` says.
+    ///
+    /// # Errors
+    /// As [`CausalGenerator::new`]; [`Error::Refused`] for types that the model's heads do not fit.
+    pub fn with_cache<R: AsRef<[u32]>>(
+        model: &'m CausalModel,
+        prompts: &[R],
+        settings: &CausalSettings,
+        types: [DType; 2],
     ) -> Result<Self> {
         let (gpu, spec) = (model.gpu(), model.spec());
         settings.check(spec.vocab)?;
@@ -99,7 +112,7 @@ impl<'m> CausalGenerator<'m> {
         let n = padded.lengths.len() as u32;
         let chunk = model.chunk(&padded, &vec![0; n as usize], Wanted::Last)?;
         // The last token is written nowhere.
-        let cache = model.cache(n, padded.len + settings.max_tokens - 1)?;
+        let cache = model.cache(types, n, padded.len + settings.max_tokens - 1)?;
         gpu.write(&cache.lengths, bytemuck::cast_slice(&padded.lengths))?;
         let ids = gpu.empty("ids", DType::U32, &[n])?;
         let logits = gpu.empty("logits", DType::F32, &[n, spec.vocab])?;

@@ -70,7 +70,7 @@ impl<'m> Generator<'m> {
             capacity: settings.max_tokens,
             head_dim: spec.width / spec.decoder.heads,
         };
-        let cache = Cache::new(gpu, model.dtype(), extents, beams > 1)?;
+        let cache = Cache::new(gpu, [model.dtype(); 2], extents, beams > 1)?;
         let ids = gpu.upload_u32("ids", &[rows], &vec![settings.start; rows as usize])?;
         let logits = gpu.empty("logits", DType::F32, &[rows, spec.target_vocab])?;
         let chosen = gpu.empty("chosen", DType::U32, &[rows, settings.candidates(), 2])?;
