@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use crate::generate::{Batch, CausalGenerator, CausalSettings, Event, RequestId, Sequence};
+use crate::generate::{
+    Batch, CausalGenerator, CausalSettings, DraftCounts, Drafter, Event, ModelDrafter, Ngram,
+    RequestId, Sequence, Speculative,
+};
 use crate::gguf::Gguf;
 use crate::gpu::{DType, Gpu};
 use crate::model::{CausalModel, Source};
@@ -22,6 +25,16 @@ pub struct Completer {
     pub eos: Vec<u32>,
     /// How [`Completer::complete`] stores keys and values; as activations are, if not given.
     pub kv_types: Option<[DType; 2]>,
+    /// Where [`Completer::complete`] takes drafts from, if anywhere.
+    pub drafts: Option<Drafts>,
+}
+
+/// Who drafts the next tokens, and how many at a time.
+pub enum Drafts {
+    /// The text itself: see [`Ngram`].
+    Ngram(u32),
+    /// A smaller model of the same vocabulary: see [`ModelDrafter`].
+    Model(Box<CausalModel>, u32),
 }
 
 /// How a text goes on.
@@ -61,6 +74,8 @@ pub struct Completion {
     pub end: End,
     /// Bytes of the keys and values on the device; of a batch, of all its texts together.
     pub cache_bytes: u64,
+    /// What drafts have brought, where there were any.
+    pub drafts: Option<DraftCounts>,
 }
 
 /// What is heard of a text of a batch.
@@ -113,6 +128,7 @@ impl Completer {
             model,
             eos,
             kv_types: None,
+            drafts: None,
         })
     }
 
@@ -157,7 +173,8 @@ impl Completer {
     /// text with which one to stop at may begin is held back.
     ///
     /// # Errors
-    /// As [`CausalGenerator::new`]; [`Error::Refused`] for an empty text to stop at; what `hear` returns.
+    /// As [`CausalGenerator::new`], or with drafts as [`Speculative::new`]; [`Error::Refused`] for an empty text to
+    /// stop at, and for drafts of another vocabulary; what `hear` returns.
     pub fn complete(
         &self,
         prompt: &[u32],
@@ -166,6 +183,28 @@ impl Completer {
     ) -> Result<Completion> {
         let settings = self.settings(rules)?;
         let types = self.kv_types.unwrap_or([self.model.dtype(); 2]);
+        if let Some(drafts) = &self.drafts {
+            let mut drafted = self.drafted(drafts, prompt, &settings, types)?;
+            let mut writing = self.writing(rules);
+            let mut sequence = Sequence {
+                tokens: Vec::new(),
+                score: 0.0,
+            };
+            for next in drafted.by_ref() {
+                let (token, logprob) = next?;
+                sequence.tokens.push(token);
+                sequence.score += logprob;
+                writing.push(token, hear)?;
+                if writing.end.is_some() {
+                    break;
+                }
+            }
+            let done = writing.finish(sequence, drafted.cache_bytes(), hear)?;
+            return Ok(Completion {
+                drafts: Some(drafted.counts()),
+                ..done
+            });
+        }
         let mut generator = CausalGenerator::with_cache(&self.model, &[prompt], &settings, types)?;
         let mut writing = self.writing(rules);
         for step in generator.by_ref() {
@@ -230,6 +269,29 @@ impl Completer {
             }
         }
         Ok(())
+    }
+
+    fn drafted<'c>(
+        &'c self,
+        drafts: &'c Drafts,
+        prompt: &[u32],
+        settings: &CausalSettings,
+        types: [DType; 2],
+    ) -> Result<Speculative<'c>> {
+        let vocab = self.model.spec().vocab;
+        let drafter: Box<dyn Drafter> = match drafts {
+            &Drafts::Ngram(tokens) => Box::new(Ngram { tokens }),
+            Drafts::Model(model, tokens) => {
+                let own = model.spec().vocab;
+                if own != vocab {
+                    let bound = format!("{vocab} tokens, as the model's");
+                    return Err(Error::refused("the drafts' vocabulary", own, bound));
+                }
+                let longest = (prompt.len() as u32).saturating_add(settings.max_tokens);
+                Box::new(ModelDrafter::new(model, *tokens, longest)?)
+            }
+        };
+        Speculative::new(&self.model, prompt, settings, types, drafter)
     }
 
     fn settings(&self, rules: &Rules) -> Result<CausalSettings> {
@@ -303,6 +365,7 @@ impl Writing<'_> {
             score: sequence.score,
             end: self.end.unwrap_or(End::MaxTokens),
             cache_bytes,
+            drafts: None,
         })
     }
 }

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use qkv::complete::{Completer, Completion, End, Heard, Rules};
+use qkv::complete::{Completer, Completion, Drafts, End, Heard, Rules};
 use qkv::generate::{Batch, BatchSettings};
 use qkv::gpu::{DType, Gpu};
+use qkv::model::{CausalModel, Source};
 use qkv::ops::Sampling;
 use qkv::{Error, Result};
 
@@ -78,6 +79,13 @@ pub struct Options {
     /// not given
     #[arg(long, value_name = "TYPE[,TYPE]", value_parser = kv_cache)]
     kv_cache: Option<[DType; 2]>,
+    /// Take several tokens a step where a draft guesses them: what followed the text's last tokens before, or a
+    /// smaller model of the same vocabulary, a directory or a GGUF file; greedy texts only, which stay the same
+    #[arg(long, value_name = "ngram|MODEL", conflicts_with = "batch")]
+    draft: Option<PathBuf>,
+    /// The tokens of each branch of a draft
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "draft", value_parser = clap::value_parser!(u32).range(1..=16))]
+    draft_tokens: u32,
     /// Go on with every line of a file, many at a time; line n, from 0, draws by the seed + n
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     batch: Option<PathBuf>,
@@ -146,6 +154,17 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
         Completer::load(gpu, &source, dtype, progress)
     })?;
     completer.kv_types = options.kv_cache;
+    completer.drafts = match &options.draft {
+        None => None,
+        Some(path) if path.as_os_str() == "ngram" => Some(Drafts::Ngram(options.draft_tokens)),
+        Some(path) => {
+            let source = Source::at(path.clone());
+            let model = load(&gpu, |gpu, progress| {
+                CausalModel::load(gpu, &source, dtype, progress)
+            })?;
+            Some(Drafts::Model(Box::new(model), options.draft_tokens))
+        }
+    };
     let request = |ix: usize, text: &str| {
         let ids = completer.prompt(text, options.chat)?;
         let rules = Rules {
@@ -199,6 +218,11 @@ fn write_one(options: &Options, completer: &Completer, request: &Request) -> Res
         json["first_token_seconds"] = first.as_secs_f64().into();
         json["tokens_per_second"] = rate.into();
         json["cache_bytes"] = done.cache_bytes.into();
+        if let Some(drafts) = done.drafts {
+            json["steps"] = drafts.steps.into();
+            json["drafted"] = drafts.drafted.into();
+            json["accepted"] = drafts.accepted.into();
+        }
         json["device"] = gpu.caps().name.as_str().into();
         json["device_bytes"] = counters.bytes.into();
         json["device_peak_bytes"] = counters.peak_bytes.into();
@@ -212,6 +236,14 @@ fn write_one(options: &Options, completer: &Completer, request: &Request) -> Res
         request.ids.len(),
         done.cache_bytes
     );
+    if let Some(drafts) = done.drafts {
+        eprintln!(
+            "{} of {} drafted tokens accepted, {:.2} a step",
+            drafts.accepted,
+            drafts.drafted,
+            f64::from(drafts.accepted) / f64::from(drafts.steps.max(1))
+        );
+    }
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Sequence, Step, read_choices};
 use crate::gpu::{DType, Recorder, Recording, Tensor};
-use crate::model::{CausalModel, Chunk, Padded, Wanted};
+use crate::model::{CausalModel, Chunk, Padded, RopeScaling, Wanted};
 use crate::ops::{self, Choice, Draw, Sampling};
 use crate::{Error, Result};
 
@@ -54,6 +54,17 @@ pub(super) fn seen<T: AsRef<[u32]>>(texts: &[T], vocab: u32) -> Vec<u32> {
         }
     }
     bits
+}
+
+/// An error for a model whose rotary base grows with the context: what it writes depends on how much room there is.
+pub(super) fn refuse_growing(model: &CausalModel) -> Result<()> {
+    match model.spec().rope.scaling {
+        RopeScaling::Dynamic { .. } => {
+            let bound = "one that does not grow with the context, for drafts";
+            Err(Error::refused("the rotary base", "dynamic", bound))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Goes on with a batch of prompts, one token a step: an iterator of [`Step`]. The first step reads the

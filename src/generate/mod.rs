@@ -1,13 +1,18 @@
-//! Generation, a step at a time: greedy and beam search.
+//! Generation, a step at a time: greedy, by chance, by beam search, and from drafts.
 
 mod batch;
 mod beam;
 mod causal;
+mod draft;
+mod greedy;
 mod settings;
+mod speculative;
 
 pub use batch::{Batch, BatchSettings, Event, RequestId};
 pub use causal::{CausalGenerator, CausalSettings};
+pub use draft::{Drafter, ModelDrafter, Ngram};
 pub use settings::{EarlyStopping, MAX_BEAMS, Settings};
+pub use speculative::{DraftCounts, Speculative};
 
 use crate::cache::{Cache, Extents};
 use crate::gpu::{DType, Recorder, Recording, Tensor};

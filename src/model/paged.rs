@@ -18,6 +18,13 @@ pub struct PagedStep {
 }
 
 impl PagedStep {
+    /// The same step with the logits of every new token instead of each sequence's last: `[R, V]`, one sequence's rows
+    /// behind the other's.
+    pub fn of_all(mut self) -> PagedStep {
+        self.chunk.rows = None;
+        self
+    }
+
     /// Positions that each sequence fills with the step. u32 `[S]`
     pub fn lengths(&self) -> &Tensor {
         &self.tables.lengths
@@ -98,7 +105,7 @@ impl CausalModel {
     }
 
     /// One ragged step: appends its tokens to the pages and writes the logits of each sequence's last one, f32
-    /// `[S, V]`. They are the same bits whatever other sequences the step holds, however a text is cut
+    /// `[S, V]`, or of all. They are the same bits whatever other sequences the step holds, however a text is cut
     /// into steps, and whatever the pages' size. Where the base of rotary positions grows with the context, it is
     /// that of the longest that the pool holds.
     ///

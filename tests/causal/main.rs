@@ -6,6 +6,7 @@
 mod batch;
 #[path = "../support/compare.rs"]
 mod compare;
+mod drafts;
 mod gguf;
 #[path = "../support/grid/mod.rs"]
 mod grid;
