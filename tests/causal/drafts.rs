@@ -232,6 +232,7 @@ fn a_repeated_text_takes_few_steps_by_n_grams() {
         Box::new(Ngram { tokens: 8 }),
     );
     assert_eq!(got, want);
+    assert_eq!(generate(&model, &[prompt], &settings)[0].tokens, ids(&want));
     // Small stacks soon write the same again and again.
     println!("{counts:?}");
     assert!(counts.steps < 150);
