@@ -146,7 +146,8 @@ mod tests {
 
     #[test]
     fn n_grams_go_on_as_they_did_before() {
-        let cases: [(&[u32], u32, &[&[u32]]); 9] = [
+        type Case<'a> = (&'a [u32], u32, &'a [&'a [u32]]);
+        let cases: [Case; 9] = [
             (&[], 4, &[]),
             (&[1, 2, 3], 4, &[]),
             (&[1, 2, 3, 1], 2, &[&[2, 3]]),

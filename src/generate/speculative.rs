@@ -216,11 +216,13 @@ impl Iterator for Speculative<'_> {
     type Item = Result<(u32, f32)>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.ready.is_empty() && !self.over {
-            if let Err(error) = self.advance() {
-                self.over = true;
-                return Some(Err(error));
-            }
+        let step = match self.ready.is_empty() && !self.over {
+            true => self.advance(),
+            false => Ok(()),
+        };
+        if let Err(error) = step {
+            self.over = true;
+            return Some(Err(error));
         }
         self.ready.pop_front().map(Ok)
     }

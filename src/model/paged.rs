@@ -18,9 +18,9 @@ pub struct PagedStep {
 }
 
 impl PagedStep {
-    /// The same step with the logits of every new token instead of each sequence's last: `[R, V]`, one sequence's rows
-    /// behind the other's.
-    pub fn of_all(mut self) -> PagedStep {
+    /// A [`CausalModel::paged_step`] with the logits of every new token instead of each sequence's last: `[R, V]`, one
+    /// sequence's rows behind the other's.
+    pub(crate) fn of_all(mut self) -> PagedStep {
         self.chunk.rows = None;
         self
     }
