@@ -11,8 +11,8 @@ use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, p
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
 
 /// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 14_410;
-const TEXTS: usize = 11_304;
+const VARIANTS: usize = 15_217;
+const TEXTS: usize = 12_111;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -235,7 +235,23 @@ fn attention_variants() -> &'static HashSet<Shader> {
         let (mut all, plans, refused) = planned();
         println!("{plans} plans, {refused} refused");
         assert_eq!((plans, refused), (9306, 108));
-        all.insert(Shader::new("combine"));
+        for ((dtype, lse), vec) in [
+            ("f32", true),
+            ("f32", false),
+            ("f16", false),
+            ("bf16", false),
+        ]
+        .into_iter()
+        .flat_map(|form| [(form, 1u32), (form, 4)])
+        {
+            all.insert(
+                Shader::new("combine")
+                    .with("F16", dtype == "f16")
+                    .with("O_TYPE", dtype)
+                    .with("VEC", vec)
+                    .with("HAS_LSE", lse),
+            );
+        }
         all
     })
 }
@@ -386,10 +402,10 @@ fn params_bytes(kernel: &str) -> u32 {
     match kernel {
         "scores" | "softmax" | "values" | "prefill" | "prefill_lanes" | "decode"
         | "decode_lanes" | "merge" | "block_map" => 240,
+        "combine" => 64,
         "append" => 48,
         "embed" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" | "copy_page"
-        | "sample" => 16,
+        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "copy_page" | "sample" => 16,
         other => panic!("{other} is not in the list"),
     }
 }

@@ -4,15 +4,17 @@
 //! Problem::new(tensors, options)? -> plan(problem, caps)? -> launches -> Recorder::dispatch
 //! ```
 
+mod cascade;
 mod plan;
 mod problem;
 
+pub use cascade::{Partial, SharedKeys, merge, record_cascade};
 pub use plan::{Launch, Plan, Route, plan};
 pub use problem::{
     Align, Layout, MAX_HEAD_DIM, MAX_LEN, Options, Problem, Stage, T5, Tensors, View,
 };
 
-use crate::gpu::{DType, Recorder, Shader, Slice, Tensor};
+use crate::gpu::{DType, Recorder, Slice, Tensor};
 use crate::{Error, Result};
 
 /// Records one attention. Scratch that the plan needs is made here, once for the recording.
@@ -109,77 +111,4 @@ fn record_plan(
     }
     tracing::trace!(?plan, "attention");
     Ok(plan)
-}
-
-/// Partial results over different keys of the same rows.
-#[derive(Clone, Copy, Debug)]
-pub struct Partial<'a> {
-    /// The result over these keys. f32 `[..., Dv]`
-    pub out: &'a Tensor,
-    /// The natural logarithm of each row's denominator; -inf where the part is empty. f32 `[...]`
-    pub lse: &'a Tensor,
-}
-
-/// Records the merging of two partial results into `into`, which is as if their keys had been attended to
-/// at once: for cascades, shared prefixes, and keys spread over devices (FlashInfer's merge of attention
-/// states). More than two are merged one after the other; the order changes only the rounding. `into` needs
-/// buffers of its own.
-///
-/// # Errors
-/// [`Error::Refused`] where shapes or types do not agree.
-pub fn merge(recorder: &mut Recorder, a: Partial, b: Partial, into: Partial) -> Result<()> {
-    #[repr(C)]
-    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-    struct Params {
-        count: u32,
-        value_dim: u32,
-        minus_infinity: f32,
-        unused: u32,
-    }
-    let shape = into.out.shape();
-    for (name, part) in [("a", a), ("b", b), ("into", into)] {
-        let rows = shape.split_last().map(|(_, rows)| rows);
-        let agrees = part.out.shape() == shape
-            && Some(part.lse.shape()) == rows
-            && part.out.dtype() == DType::F32
-            && part.lse.dtype() == DType::F32;
-        if !agrees {
-            return Err(Error::refused(
-                format!("{name} of a merge"),
-                format_args!("out {:?}, lse {:?}", part.out.shape(), part.lse.shape()),
-                format!("f32, out {shape:?} and an lse for each of its rows"),
-            ));
-        }
-    }
-    for (name, tensor) in [("into.out", into.out), ("into.lse", into.lse)] {
-        let inputs = [a.out, a.lse, b.out, b.lse];
-        if inputs.iter().any(|input| input.buffer() == tensor.buffer())
-            || into.out.buffer() == into.lse.buffer()
-        {
-            return Err(Error::refused(
-                name,
-                "in another's buffer",
-                "a buffer of its own",
-            ));
-        }
-    }
-    if into.out.len() > u32::MAX as u64 {
-        return Err(Error::refused(
-            "into.out",
-            format_args!("{shape:?}"),
-            "fewer than 2^32 elements",
-        ));
-    }
-    let params = Params {
-        count: into.out.len() as u32,
-        value_dim: shape.last().copied().unwrap_or(1).max(1),
-        minus_infinity: f32::NEG_INFINITY,
-        unused: 0,
-    };
-    recorder.dispatch(
-        &Shader::new("combine"),
-        params,
-        &[a.out, a.lse, b.out, b.lse, into.out, into.lse],
-        into.out.len().div_ceil(64),
-    )
 }

@@ -256,6 +256,7 @@ fn write_batch(options: &Options, completer: &Completer, requests: &[Request]) -
         types: options.kv_cache.unwrap_or([options.model.dtype(); 2]),
         budget: options.budget,
         max_sequences: options.max_sequences,
+        cascade: false,
     };
     // The last token is written nowhere.
     let positions = |request: &Request| request.ids.len() as u32 + request.rules.max_tokens - 1;

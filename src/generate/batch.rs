@@ -24,6 +24,9 @@ pub struct BatchSettings {
     pub budget: u32,
     /// The most sequences that run at a time; the others wait. A smaller budget, or fewer pages, bound them too.
     pub max_sequences: u32,
+    /// Whether keys that sequences share are read once for all of them: [`CausalModel::cascade_step`]. What is written
+    /// for a prompt may then depend on what stands beside it, by rounding.
+    pub cascade: bool,
 }
 
 /// A request of a batch.
@@ -86,7 +89,7 @@ struct Running {
 /// Goes on with any number of prompts at once, each by its own settings. First come, first served: each step takes a
 /// token of every running sequence, and fills its budget with chunks of prompts. Where pages run out, the youngest
 /// sequence gives its own up and is computed anew later. What is written for a prompt is the same, bit for bit,
-/// whatever stands beside it.
+/// whatever stands beside it, unless [`BatchSettings::cascade`] is set.
 pub struct Batch<'m> {
     model: &'m CausalModel,
     settings: BatchSettings,
@@ -407,7 +410,10 @@ impl<'m> Batch<'m> {
         let logits = self.logits.reshape_prefix(&[n, vocab]);
         let chosen = self.chosen.reshape_prefix(&[n, 1, 2]);
         let new: Vec<(SequenceId, u32)> = rows.iter().map(|row| (row.cached, row.new)).collect();
-        let step = self.model.paged_step(&self.cache, &new)?;
+        let step = match self.settings.cascade {
+            true => self.model.cascade_step(&self.cache, &new)?,
+            false => self.model.paged_step(&self.cache, &new)?,
+        };
         self.model
             .record_paged_step(&mut recorder, &self.cache, &step, &logits)?;
         self.write_rules(&rows)?;

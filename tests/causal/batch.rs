@@ -9,7 +9,7 @@ use qkv::generate::{
     Batch, BatchSettings, CausalGenerator, CausalSettings, Event, RequestId, Sequence,
 };
 use qkv::gpu::{DType, Recorder};
-use qkv::model::{CausalModel, CausalSpec, RopeScaling};
+use qkv::model::{CausalModel, CausalSpec, PagedStep, RopeScaling};
 use qkv::ops::Sampling;
 
 use crate::compare::{Tolerance, compare_rows};
@@ -32,20 +32,33 @@ fn pool(model: &CausalModel, types: [DType; 2], pages: u32, page_len: u32) -> Pa
 
 /// A step over the next tokens of sequences: the logits of each one's last. `[S, V]`
 fn step(model: &CausalModel, cache: &mut PagedCache, new: &[(SequenceId, &[u32])]) -> Vec<f32> {
+    step_by(model, cache, new, CausalModel::paged_step).0
+}
+
+/// The same by a step of that kind, and whether it is a cascade.
+fn step_by(
+    model: &CausalModel,
+    cache: &mut PagedCache,
+    new: &[(SequenceId, &[u32])],
+    prepare: impl Fn(&CausalModel, &PagedCache, &[(SequenceId, u32)]) -> qkv::Result<PagedStep>,
+) -> (Vec<f32>, bool) {
     let mut recorder = Recorder::new(gpu());
     let mut counts = Vec::new();
     for &(id, tokens) in new {
         cache.append(&mut recorder, id, tokens).unwrap();
         counts.push((id, tokens.len() as u32));
     }
-    let step = model.paged_step(cache, &counts).unwrap();
+    let step = prepare(model, cache, &counts).unwrap();
     let shape = [new.len() as u32, model.spec().vocab];
     let out = gpu().empty("logits", DType::F32, &shape).unwrap();
     model
         .record_paged_step(&mut recorder, cache, &step, &out)
         .unwrap();
     gpu().run(&recorder.finish().unwrap()).unwrap();
-    gpu().read_floats(&out).unwrap()
+    let lengths = gpu().read_u32(step.lengths()).unwrap();
+    let want: Vec<u32> = new.iter().map(|&(id, _)| cache.len(id).unwrap()).collect();
+    assert_eq!(lengths, want);
+    (gpu().read_floats(&out).unwrap(), step.is_cascade())
 }
 
 /// New tokens of each of three sequences by step; none where one takes no part.
@@ -109,6 +122,71 @@ fn steps_over_pages_equal_the_whole() {
         let wrong = compare_steps(&model, &other, [DType::F32; 2], 5, exact());
         assert!(wrong.is_err(), "{name}: another stack is objected to");
     }
+}
+
+/// Five texts by what they share: most of the first, less of it, nothing; and one that is told as its fork.
+fn family(vocab: u32) -> Vec<Vec<u32>> {
+    let parts = tokens(41, &[48, 6, 9, 21, 5], vocab);
+    let after = |n: usize, tail: &[u32]| [&parts[0][..n], tail].concat();
+    vec![
+        after(48, &parts[1]),
+        after(48, &parts[2]),
+        after(20, &parts[3]),
+        parts[4].clone(),
+        after(48, &parts[1]),
+    ]
+}
+
+#[test]
+fn cascades_equal_the_whole() {
+    let (mut cascades, mut steps) = (0, 0);
+    for (name, mut spec) in specs() {
+        spec.max_positions = spec.max_positions.max(80);
+        let (model, oracle) = make(gpu(), &spec, DType::F32);
+        let vocab = spec.vocab as usize;
+        for page_len in [5, 16] {
+            let pages = 5 * 80u32.div_ceil(page_len);
+            let mut cache = pool(&model, [DType::F32; 2], pages, page_len);
+            let context = (pages * page_len).min(spec.max_positions);
+            let oracle = in_context(&oracle, &spec, context as usize);
+            let texts = family(spec.vocab);
+            let want: Vec<Vec<f64>> = texts.iter().map(|text| oracle.forward(text, 1).0).collect();
+            let first = cache.start(&texts[0], Keep::default());
+            step(&model, &mut cache, &[(first, &texts[0][..48])]);
+            let mut ids = vec![first];
+            ids.extend(
+                texts[1..4]
+                    .iter()
+                    .map(|text| cache.start(text, Keep::default())),
+            );
+            ids.push(cache.fork(first).unwrap());
+            let windowed = spec.windows.iter().any(Option::is_some);
+            // The last tokens but three in a chunk, then one by one, in another order each time.
+            for round in 0..4 {
+                let mut order = [3, 1, 4, 0, 2];
+                order.rotate_left(round);
+                let new: Vec<(SequenceId, &[u32])> = order
+                    .iter()
+                    .map(|&s| {
+                        let from = cache.len(ids[s]).unwrap() as usize;
+                        (ids[s], &texts[s][from..texts[s].len() - 3 + round])
+                    })
+                    .collect();
+                let (got, cascade) = step_by(&model, &mut cache, &new, CausalModel::cascade_step);
+                assert!(!(windowed && cascade), "{name}: windows read their own");
+                steps += 1;
+                cascades += u32::from(cascade);
+                for (&s, got) in order.iter().zip(got.chunks(vocab)) {
+                    let at = cache.len(ids[s]).unwrap() as usize - 1;
+                    let want = &want[s][at * vocab..][..vocab];
+                    compare_rows("logits", got, want, vocab, exact())
+                        .unwrap_or_else(|e| panic!("{name}, pages of {page_len}, {s}: {e}"));
+                }
+            }
+        }
+    }
+    println!("{cascades} cascades in {steps} steps");
+    assert_eq!((cascades, steps), (18, 40));
 }
 
 /// A stack whose heads are whole blocks, and texts of up to 80 tokens fit.
@@ -329,6 +407,7 @@ fn batches_write_what_each_prompt_gets_alone() {
                 types: [DType::F32; 2],
                 budget,
                 max_sequences,
+                cascade: false,
             };
             let mut batch = Batch::new(&model, settings).unwrap();
             let ids: Vec<RequestId> = prompts
@@ -410,6 +489,7 @@ fn each_request_is_drawn_by_its_own_rules() {
                 types: [DType::F32; 2],
                 budget,
                 max_sequences: 12,
+                cascade: false,
             };
             let mut batch = Batch::new(&model, settings).unwrap();
             let ids: Vec<RequestId> = there
@@ -480,6 +560,7 @@ fn batches_and_generators_agree_for_every_storage() {
             types,
             budget: 32,
             max_sequences: 5,
+            cascade: false,
         };
         let mut batch = Batch::for_texts(&model, settings, &positions).unwrap();
         // Room for the five longest of 47, 47, 40, 35 and 29.
@@ -517,6 +598,7 @@ fn a_cancelled_request_leaves_the_others_as_they_are() {
         types: [DType::F32; 2],
         budget: 16,
         max_sequences: 3,
+        cascade: false,
     };
     let mut batch = Batch::new(&model, settings).unwrap();
     let ids: Vec<RequestId> = prompts[..6].iter().map(|p| batch.add(p, &limits)).collect();
@@ -568,6 +650,7 @@ fn what_no_memory_holds_is_refused() {
         types: [DType::F32; 2],
         budget: 32,
         max_sequences: 4,
+        cascade: false,
     };
     let pages = |model, settings, positions: &[u32]| {
         let batch = Batch::for_texts(model, settings, positions);
@@ -613,6 +696,7 @@ fn what_never_fits_is_refused_alone() {
         types: [DType::F32; 2],
         budget: 8,
         max_sequences: 3,
+        cascade: false,
     };
     let limits = CausalSettings::greedy;
     let mut strange = limits(2, vec![]);
@@ -700,6 +784,7 @@ fn a_step_of_a_batch_submits_once() {
         types: [DType::F32; 2],
         budget: 9,
         max_sequences: 5,
+        cascade: false,
     };
     let mut batch = Batch::new(&model, settings).unwrap();
     let limits = CausalSettings::greedy(5, vec![]);

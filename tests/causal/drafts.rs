@@ -77,6 +77,7 @@ fn batch(
         types,
         budget: 16,
         max_sequences: 1,
+        cascade: false,
     };
     let mut batch = Batch::new(model, sizes).unwrap();
     batch.add(prompt, settings);

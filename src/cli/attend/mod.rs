@@ -75,8 +75,14 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<ExitCode> {
         lse: read(&on_device.lse)?,
         weights: read(&on_device.weights)?,
     };
-    let judge = || verify::verify(&input, options, &job.operator, &answer);
-    let verdict = options.verify.then(judge);
+    let verdict = match options.verify {
+        true => {
+            let keys_and_values = on_device.keys_and_values(&gpu, &input)?;
+            let kv = keys_and_values.each_ref().map(Vec::as_slice);
+            Some(verify::verify(&input, kv, options, &job.operator, &answer))
+        }
+        false => None,
+    };
     if let Some(path) = &options.output {
         save(path, answer.named(&input))?;
     }
