@@ -124,7 +124,7 @@ fn host_time(translator: &Translator, sources: &[Vec<u32>]) {
         capacity: STEPS as u32,
         head_dim: spec.width / spec.decoder.heads,
     };
-    let cache = Cache::new(gpu, model.dtype(), extents, false).expect("a cache");
+    let cache = Cache::new(gpu, [model.dtype(); 2], extents, false).expect("a cache");
     let ids = gpu
         .upload_u32("ids", &[1], &[translator.settings.start])
         .expect("ids");

@@ -216,7 +216,7 @@ fn decoding_step_by_step_equals_the_whole() {
             capacity: 11,
             head_dim: spec.width / spec.decoder.heads,
         };
-        let mut cache = Cache::new(gpu, DType::F32, extents, false).unwrap();
+        let mut cache = Cache::new(gpu, [DType::F32; 2], extents, false).unwrap();
         // Nothing may be read of the cache that was not written.
         for block in cache.k.iter_mut().chain(&mut cache.v) {
             let nan = vec![f32::NAN; block.len() as usize];
