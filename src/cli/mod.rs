@@ -2,6 +2,7 @@
 
 mod attend;
 mod devices;
+mod doctor;
 mod explain;
 mod forward;
 mod generate;
@@ -41,6 +42,8 @@ enum Command {
     Generate(generate::Options),
     /// List the devices, what they can do, and which one would be taken
     Devices(devices::Options),
+    /// Run every kernel of the device on small hard problems beside an oracle; exit code 1 where one is wrong
+    Doctor(doctor::Options),
 }
 
 #[derive(Args)]
@@ -102,6 +105,7 @@ pub fn run() -> ExitCode {
         Command::Forward(options) => forward::run(options, device).map(succeed),
         Command::Generate(options) => generate::run(options, device).map(succeed),
         Command::Devices(options) => devices::run(options, device).map(succeed),
+        Command::Doctor(options) => doctor::run(options, device),
     };
     match done {
         Ok(code) => code,

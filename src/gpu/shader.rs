@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, OnceLock};
 
+use super::checksum;
 use crate::{Error, Result};
 
 /// A constant of a variant, as the template sees it.
@@ -77,6 +78,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "decode",
     "decode_lanes",
     "embed",
+    "limits",
     "matmul",
     "matvec",
     "merge",
@@ -152,6 +154,15 @@ pub fn templates() -> minijinja::Environment<'static> {
             .expect("the shaders' templates parse, which a test asserts");
     }
     templates
+}
+
+/// A number that changes with any text under `shaders/`.
+pub(crate) fn fingerprint() -> u64 {
+    static SUM: OnceLock<u64> = OnceLock::new();
+    *SUM.get_or_init(|| {
+        let texts = SOURCES.iter().flat_map(|(name, text)| [*name, *text]);
+        checksum(texts.collect::<String>().as_bytes())
+    })
 }
 
 /// Whether a kernel has a function, a type, a constant or a variable of that name at its outermost level.
