@@ -1,6 +1,8 @@
 //! The program: arguments, progress bars and pictures; no logic of its own.
 
 mod attend;
+mod bench;
+mod compare;
 mod devices;
 mod doctor;
 mod explain;
@@ -42,6 +44,10 @@ enum Command {
     Generate(generate::Options),
     /// List the devices, what they can do, and which one would be taken
     Devices(devices::Options),
+    /// Verify attention, then time it, beside the device's own measured limits
+    Bench(bench::Options),
+    /// What got faster or slower between two runs of `qkv bench --json`
+    Compare(compare::Options),
     /// Run every kernel of the device on small hard problems beside an oracle; exit code 1 where one is wrong
     Doctor(doctor::Options),
 }
@@ -105,6 +111,8 @@ pub fn run() -> ExitCode {
         Command::Forward(options) => forward::run(options, device).map(succeed),
         Command::Generate(options) => generate::run(options, device).map(succeed),
         Command::Devices(options) => devices::run(options, device).map(succeed),
+        Command::Bench(options) => bench::run(options, device),
+        Command::Compare(options) => compare::run(options).map(succeed),
         Command::Doctor(options) => doctor::run(options, device),
     };
     match done {

@@ -10,10 +10,12 @@ use super::Tolerance;
 /// What is hard about a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hard {
-    /// Lengths of no key, one, some and all, causal; odd head dims that no load of four fits, D and Dv apart.
+    /// Lengths of no key, one, some and all, causal; D and Dv apart.
     Lengths,
     /// The same with scores of about 1e4 either way, exact ties among them.
     Loud,
+    /// The lengths with odd head dims, which no load of four fits, and grouped heads.
+    Odd,
     /// Whole blocks of keys masked at a row's beginning, and whole rows; a window; sinks.
     Masked,
     /// One query on many keys in three parts, the last of which is partly past the length.
@@ -22,13 +24,20 @@ pub enum Hard {
 
 impl Hard {
     /// All of them.
-    pub const ALL: [Hard; 4] = [Hard::Lengths, Hard::Loud, Hard::Masked, Hard::Parts];
+    pub const ALL: [Hard; 5] = [
+        Hard::Lengths,
+        Hard::Loud,
+        Hard::Odd,
+        Hard::Masked,
+        Hard::Parts,
+    ];
 
     /// A word for it.
     pub fn name(self) -> &'static str {
         match self {
             Hard::Lengths => "lengths",
             Hard::Loud => "loud",
+            Hard::Odd => "odd",
             Hard::Masked => "masked",
             Hard::Parts => "parts",
         }
@@ -43,7 +52,8 @@ impl Hard {
             dims,
         };
         match self {
-            Hard::Lengths | Hard::Loud => shape(4, [4, 2], 5, 70, [11, 7]),
+            Hard::Lengths | Hard::Loud => shape(4, [2, 2], 2, 70, [12, 8]),
+            Hard::Odd => shape(4, [4, 2], 5, 70, [11, 7]),
             Hard::Masked => shape(2, [2, 1], 70, 130, [16, 16]),
             Hard::Parts => shape(1, [8, 1], 1, 1500, [40, 24]),
         }
@@ -141,7 +151,7 @@ impl Prepared {
             dims: [d, dv],
         } = shape;
         let lengths: Option<Vec<usize>> = match hard {
-            Hard::Lengths | Hard::Loud => Some(vec![0, 1, 37, 70]),
+            Hard::Lengths | Hard::Loud | Hard::Odd => Some(vec![0, 1, 37, 70]),
             Hard::Masked => None,
             Hard::Parts => Some(vec![1283]),
         };
@@ -171,7 +181,7 @@ impl Prepared {
         };
         let masked = hard == Hard::Masked;
         let options = Options {
-            causal: matches!(hard, Hard::Lengths | Hard::Loud),
+            causal: matches!(hard, Hard::Lengths | Hard::Loud | Hard::Odd),
             scale: loud.then_some(1.0),
             window: if masked { [Some(100), None] } else { [None; 2] },
             ..Options::default()
