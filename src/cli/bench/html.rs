@@ -61,7 +61,7 @@ pub fn page(report: &Report) -> Result<String> {
             "page.html",
             include_str!("page.html"),
             context! {
-                device => device.name,
+                device => device.name.as_str(),
                 facts,
                 colours,
                 roofline => plot(plots::roofline(report)?),
