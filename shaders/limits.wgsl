@@ -18,8 +18,9 @@ fn main(
     let id = (group.y * groups.x + group.x) * 64u + thread;
     if (id >= P.threads) { return; }
 {% if WORK == "multiply_adds" %}
-    let a = x[id];
-    let b = x[P.threads + id];
+    // One number each, so that they take one register each.
+    let a = vec4<{{ T }}>(x[id].x);
+    let b = vec4<{{ T }}>(x[P.threads + id].x);
     {% for n in range(4) %}
     var c{{ n }} = a + vec4<{{ T }}>({{ n }}.0);
     {% endfor %}

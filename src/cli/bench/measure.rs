@@ -199,11 +199,12 @@ impl<'g> Inputs<'g> {
         for (way, own) in ways.iter().zip(&times) {
             let ratios: Vec<f64> = own.iter().zip(&times[base]).map(|(a, b)| a / b).collect();
             let ratio = Spread::of(&ratios);
-            let compared = ways.len() > 1 && !ratio.is_noisy();
             let host = self.host(way)?;
+            let entry = self.entry(way, own, &host, limits);
+            let compared = ways.len() > 1 && !ratio.is_noisy() && !entry.ms.is_noisy();
             entries.push(Entry {
                 ratio: compared.then_some(ratio.median),
-                ..self.entry(way, own, &host, limits)
+                ..entry
             });
         }
         Ok(entries)
@@ -229,10 +230,10 @@ impl<'g> Inputs<'g> {
     fn entry(&self, way: &Way, times: &[f64], host: &[f64], limits: &Limits) -> Entry {
         let shape = self.shape;
         let spread = Spread::of(times);
-        let rates = match shape.f16 {
-            true => limits.f16.unwrap_or(limits.f32),
-            false => limits.f32,
-        };
+        // What is stored in f16 may be multiplied in f32: the better of both is its limit.
+        let f16 = limits.f16.filter(|_| shape.f16).unwrap_or(limits.f32);
+        let most = limits.f32.flops.max(f16.flops);
+        let most_read = limits.f32.read.max(f16.read);
         let seconds = spread.median / 1e3;
         let (flops, read) = (shape.flop() / seconds, shape.kv_bytes() / seconds);
         let (error, rows) = way.verdict.clone().unwrap_or((f64::INFINITY, 0));
@@ -255,8 +256,8 @@ impl<'g> Inputs<'g> {
             gflops: flops / 1e9,
             gb_s: read / 1e9,
             share: match shape.is_decode() {
-                true => read / rates.read,
-                false => flops / rates.flops,
+                true => read / most_read,
+                false => flops / most,
             },
             error,
             rows,

@@ -70,7 +70,8 @@ pub struct Entry {
     pub gflops: f64,
     /// K and V read once.
     pub gb_s: f64,
-    /// Of the measured limit: reads where there is one query, else multiply-adds.
+    /// Of the measured limit: reads where there is one query, else multiply-adds; the better of both types
+    /// where f16 is stored, as it may be multiplied in f32.
     pub share: f64,
     /// The worst error beside the oracle, 1 is allowed; and how many rows were compared.
     pub error: f64,
