@@ -11,8 +11,8 @@ use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, p
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
 
 /// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 14_410;
-const TEXTS: usize = 11_304;
+const VARIANTS: usize = 14_416;
+const TEXTS: usize = 11_310;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -366,6 +366,12 @@ fn other_variants() -> Vec<Shader> {
         }
     }
     all.push(Shader::new("copy_page"));
+    for t in FLOATS {
+        for work in ["multiply_adds", "read", "copy"] {
+            let shader = Shader::new("limits").with("F16", t == "f16");
+            all.push(shader.with("T", t).with("WORK", work));
+        }
+    }
     for top_k in BOTH {
         for top_p in BOTH {
             all.push(
@@ -389,7 +395,7 @@ fn params_bytes(kernel: &str) -> u32 {
         "append" => 48,
         "embed" => 32,
         "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" | "copy_page"
-        | "sample" => 16,
+        | "sample" | "limits" => 16,
         other => panic!("{other} is not in the list"),
     }
 }

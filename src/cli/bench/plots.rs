@@ -153,8 +153,8 @@ pub fn roofline(report: &Report) -> Result<Plot> {
                 let below = if ix == 0 { VPos::Bottom } else { VPos::Top };
                 let text = ("sans-serif", 13).into_font().color(&INK);
                 let text = text.pos(Pos::new(HPos::Right, below));
-                let shift = if ix == 0 { 0.97 } else { 1.03 };
-                let at = (x.end * 0.97, rates.gflops / shift);
+                let shift = if ix == 0 { 1.05 } else { 0.9 };
+                let at = (x.end * 0.97, rates.gflops * shift);
                 let label = format!("{name}, {} GFLOP/s", short(rates.gflops));
                 chart.draw_series([Text::new(label, at, text)])?;
             }
@@ -197,7 +197,7 @@ pub fn lengths(report: &Report) -> Result<Vec<Plot>> {
         }
         let x = around(own.iter().map(|e| f64::from(e.shape.k_len)), 1.3);
         let y = around(own.iter().flat_map(|e| [e.ms.low, e.ms.high]), 1.5);
-        let svg = draw((620, 400), ["keys", "ms"], [x, y], |chart| {
+        let svg = draw((520, 360), ["keys", "ms"], [x, y], |chart| {
             for (route, f16) in ["three-pass", "prefill", "decode"]
                 .into_iter()
                 .flat_map(|route| [(route, false), (route, true)])
@@ -208,15 +208,18 @@ pub fn lengths(report: &Report) -> Result<Vec<Plot>> {
                     .collect();
                 line.sort_by_key(|entry| entry.shape.k_len);
                 let at = |entry: &Entry, ms| (f64::from(entry.shape.k_len), ms);
-                let points: Vec<(f64, f64)> = line.iter().map(|e| at(e, e.ms.median)).collect();
+                let clear = || line.iter().filter(|entry| !entry.ms.is_noisy());
+                let points: Vec<(f64, f64)> = clear().map(|e| at(e, e.ms.median)).collect();
                 let style = colour(route).stroke_width(2);
                 match f16 {
                     false => chart.draw_series(LineSeries::new(points, style))?,
                     true => chart.draw_series(DashedLineSeries::new(points, 6, 5, style))?,
                 };
-                for entry in line {
+                for entry in &line {
                     let ends = vec![at(entry, entry.ms.low), at(entry, entry.ms.high)];
                     chart.draw_series([PathElement::new(ends, colour(route).stroke_width(1))])?;
+                }
+                for entry in clear() {
                     point(chart, entry, at(entry, entry.ms.median))?;
                 }
             }
@@ -232,8 +235,8 @@ pub fn lengths(report: &Report) -> Result<Vec<Plot>> {
         } = of;
         let what = match (of.is_decode(), causal) {
             (true, _) => "one query",
-            (false, true) => "as many queries as keys or fewer, causal",
-            (false, false) => "as many queries as keys or fewer",
+            (false, true) => "many queries, causal",
+            (false, false) => "many queries",
         };
         plots.push(Plot {
             title: format!("B {batch}, H {heads}, Hk {kv_heads}, D {dim}: {what}"),
