@@ -85,7 +85,12 @@ fn a_bench_verifies_times_and_writes_its_files() {
     assert_eq!(found["refused"].as_array().unwrap().len(), 0);
 
     let lines = std::fs::read_to_string(&table).unwrap();
-    let columns = |line: &str| line.split('"').step_by(2).map(|s| s.matches(',').count()).sum();
+    let columns = |line: &str| {
+        line.split('"')
+            .step_by(2)
+            .map(|s| s.matches(',').count())
+            .sum()
+    };
     let counts: Vec<usize> = lines.lines().map(columns).collect();
     assert_eq!(counts, [20; 10], "{lines}");
 
@@ -170,11 +175,26 @@ fn compare_tells_what_changed_beyond_the_noise_of_both() {
     let [a_name, b_name] = [&a, &b].map(|path| path.to_str().unwrap());
     for (before, after, prefill, decode) in [
         // 10 and 20 % away, with noise of 4 % each.
-        ([[10.0, 0.4], [10.0, 0.4]], [[11.0, 0.44], [8.0, 0.32]], "slower", "faster"),
+        (
+            [[10.0, 0.4], [10.0, 0.4]],
+            [[11.0, 0.44], [8.0, 0.32]],
+            "slower",
+            "faster",
+        ),
         // 5 % away, and 15 % away with noise of 9 % each.
-        ([[10.0, 0.4], [10.0, 0.9]], [[10.5, 0.4], [11.5, 1.0]], "1.050", "1.150"),
+        (
+            [[10.0, 0.4], [10.0, 0.9]],
+            [[10.5, 0.4], [11.5, 1.0]],
+            "1.050",
+            "1.150",
+        ),
         // Noise of 20 %, on one side.
-        ([[10.0, 2.0], [10.0, 0.0]], [[99.0, 0.0], [10.1, 0.0]], "too noisy", "1.010"),
+        (
+            [[10.0, 2.0], [10.0, 0.0]],
+            [[99.0, 0.0], [10.1, 0.0]],
+            "too noisy",
+            "1.010",
+        ),
     ] {
         report(&a, before);
         report(&b, after);
@@ -186,7 +206,10 @@ fn compare_tells_what_changed_beyond_the_noise_of_both() {
                 Err(_) => line.contains(word),
             })
         };
-        assert!(ends(" prefill ", prefill) && ends(" decode ", decode), "{said}");
+        assert!(
+            ends(" prefill ", prefill) && ends(" decode ", decode),
+            "{said}"
+        );
         assert!(!said.contains("not the same device"));
     }
     std::fs::write(&b, "{}").unwrap();

@@ -49,7 +49,11 @@ pub fn run(options: &Options) -> Result<()> {
     if before.device != after.device {
         let [a, b] = [&before, &after].map(|run| &run.device);
         let line = |d: &super::bench::Device| format!("{}, {}, {}", d.name, d.driver, d.backend);
-        say(format_args!("not the same device:\n  {}\n  {}\n", line(a), line(b)))?;
+        say(format_args!(
+            "not the same device:\n  {}\n  {}\n",
+            line(a),
+            line(b)
+        ))?;
     }
     say(format_args!(
         "{:32}{:12}{:>12}{:>12}{:>8}\n",

@@ -43,7 +43,11 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<ExitCode> {
         say(format_args!("{}\n", devices::text(adapter)))?;
     }
     say(format_args!("\n{}", table(&report.checks)))?;
-    let wrong: Vec<&Check> = report.checks.iter().filter(|c| c.outcome.is_err()).collect();
+    let wrong: Vec<&Check> = report
+        .checks
+        .iter()
+        .filter(|c| c.outcome.is_err())
+        .collect();
     for check in &wrong {
         if let Err(said) = &check.outcome {
             let name = check.hard.name();
@@ -58,7 +62,9 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<ExitCode> {
     ))?;
     for (power, finding) in powers(&report) {
         if let Finding::Wrong(_) = finding {
-            say(format_args!("{power}: not used on this device from now on\n"))?;
+            say(format_args!(
+                "{power}: not used on this device from now on\n"
+            ))?;
         }
     }
     for line in doctor::avoided(&report.claimed) {

@@ -194,7 +194,11 @@ fn consult(gpu: &Gpu, folder: Option<&Path>) -> Verdict {
         tracing::debug!("the device was not examined to the end: {error}");
     }
     if verdict != before {
-        tracing::debug!(ms = started.elapsed().as_secs_f64() * 1e3, ?verdict, "examined");
+        tracing::debug!(
+            ms = started.elapsed().as_secs_f64() * 1e3,
+            ?verdict,
+            "examined"
+        );
         if let Some(folder) = folder {
             verdict.remember(folder, &identity);
         }

@@ -188,9 +188,8 @@ impl Prepared {
         };
         let sinks: Option<Vec<f32>> = masked.then(|| vec![0.75; h]);
         let wide_sinks: Option<Vec<f64>> = masked.then(|| vec![0.75; h]);
-        let cells = masked.then(|| {
-            reference::expand([batch, h, q_len, k_len], |_, _, i, j| sees(i, j))
-        });
+        let cells =
+            masked.then(|| reference::expand([batch, h, q_len, k_len], |_, _, i, j| sees(i, j)));
         let plain = Attention::new(
             [batch, h, q_len, d],
             [batch, hk, k_len, dv],
@@ -219,9 +218,8 @@ impl Prepared {
             let shape = [1, 1, q_len as u32, k_len as u32];
             gpu.upload("mask", DType::Bool, &shape, &bytes)
         });
-        let sinks = sinks.map(|values| {
-            gpu.upload_floats("sinks", DType::F32, &[values.len() as u32], &values)
-        });
+        let sinks = sinks
+            .map(|values| gpu.upload_floats("sinks", DType::F32, &[values.len() as u32], &values));
         Ok(Prepared {
             hard,
             storage: [own, cached],
@@ -262,7 +260,10 @@ impl Prepared {
         tensors.kv_len = self.kv_len.as_ref();
         tensors.sinks = self.sinks.as_ref();
         let extents = [rows[0], rows[1], rows[2], k_len as u32];
-        let mask = self.mask.as_ref().map(|mask| View::broadcast(mask, extents));
+        let mask = self
+            .mask
+            .as_ref()
+            .map(|mask| View::broadcast(mask, extents));
         tensors.mask = mask.transpose()?;
         let options = Options {
             route: Some(route),

@@ -122,7 +122,10 @@ fn a_device_as_it_is_passes_and_keeps_its_powers() {
     let first = started.elapsed();
     let started = Instant::now();
     assert_eq!(consult(&gpu, Some(folder.path())), found);
-    println!("examined in {first:.2?}, recalled in {:.2?}", started.elapsed());
+    println!(
+        "examined in {first:.2?}, recalled in {:.2?}",
+        started.elapsed()
+    );
     assert!(found.covers(gpu.caps()), "{found:?}");
     assert_eq!(found.narrow(&gpu).caps(), gpu.caps());
 }

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::Check;
-use crate::gpu::{Caps, DType, Gpu, checksum, fingerprint, replace_file};
 use crate::attention::Route;
+use crate::gpu::{Caps, DType, Gpu, checksum, fingerprint, replace_file};
 
 /// What is known of a power.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -71,7 +71,11 @@ impl Verdict {
     pub(super) fn of(checks: &[Check]) -> Verdict {
         let is_f16 = |check: &Check| check.storage.contains(&DType::F16);
         let lanes = |check: &Check| check.subgroups && check.route != Route::ThreePass;
-        let subgroups = Finding::of(checks.iter().filter(|&check| lanes(check) && !is_f16(check)));
+        let subgroups = Finding::of(
+            checks
+                .iter()
+                .filter(|&check| lanes(check) && !is_f16(check)),
+        );
         let blameless = |check: &&Check| is_f16(check) && !(lanes(check) && subgroups.is_wrong());
         Verdict {
             f16: Finding::of(checks.iter().filter(blameless)),

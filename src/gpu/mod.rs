@@ -21,8 +21,8 @@ pub use limits::{Limits, Rates, Stream};
 pub(crate) use pipeline_cache::{checksum, replace_file};
 pub(crate) use recorder::Slice;
 pub use recorder::{Recorder, Recording};
-pub(crate) use shader::{fingerprint, is_reserved};
 pub use shader::{Constant, Shader, templates};
+pub(crate) use shader::{fingerprint, is_reserved};
 pub use stats::Counters;
 pub(crate) use tensor::wgsl_type;
 pub use tensor::{DType, Tensor};
@@ -136,7 +136,11 @@ impl Gpu {
     pub(crate) fn planted(&self, kernel: &'static str, from: &str, to: &str) -> Gpu {
         let mut templates = shader::templates();
         let name = format!("{kernel}.wgsl");
-        let text = templates.get_template(&name).expect("a kernel").source().to_string();
+        let text = templates
+            .get_template(&name)
+            .expect("a kernel")
+            .source()
+            .to_string();
         assert!(text.contains(from), "{kernel} says no {from:?}");
         templates
             .add_template_owned(name, text.replace(from, to))

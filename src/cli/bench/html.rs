@@ -27,15 +27,31 @@ pub fn page(report: &Report) -> Result<String> {
         ("kind", format!("{}, {}", device.kind, device.backend)),
         (
             "subgroups",
-            device.subgroups.map_or("none".into(), |(least, most)| match least == most {
-                true => format!("{least} lanes"),
-                false => format!("{least} to {most} lanes"),
-            }),
+            device
+                .subgroups
+                .map_or("none".into(), |(least, most)| match least == most {
+                    true => format!("{least} lanes"),
+                    false => format!("{least} to {most} lanes"),
+                }),
         ),
         ("f16", yes(device.f16).into()),
-        ("workgroup memory", format!("{} KiB", device.workgroup_memory >> 10)),
-        ("largest binding", format!("{} MiB", device.max_binding >> 20)),
-        ("clock", if device.timestamps { "the device's" } else { "the host's" }.into()),
+        (
+            "workgroup memory",
+            format!("{} KiB", device.workgroup_memory >> 10),
+        ),
+        (
+            "largest binding",
+            format!("{} MiB", device.max_binding >> 20),
+        ),
+        (
+            "clock",
+            if device.timestamps {
+                "the device's"
+            } else {
+                "the host's"
+            }
+            .into(),
+        ),
         ("qkv", report.qkv.clone()),
     ];
     let mut rates = vec![("f32", report.limits.f32)];
@@ -47,9 +63,19 @@ pub fn page(report: &Report) -> Result<String> {
             rates.read_gb_s,
             rates.copy_gb_s
         );
-        facts.push((if name == "f32" { "limits in f32" } else { "limits in f16" }, figures));
+        facts.push((
+            if name == "f32" {
+                "limits in f32"
+            } else {
+                "limits in f16"
+            },
+            figures,
+        ));
     }
-    let facts: Vec<_> = facts.into_iter().map(|(name, value)| context! { name, value }).collect();
+    let facts: Vec<_> = facts
+        .into_iter()
+        .map(|(name, value)| context! { name, value })
+        .collect();
     let entries: Vec<_> = report.entries.iter().map(row).collect();
     let refused: Vec<_> = report
         .refused

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use qkv::Result;
 use qkv::attention::{self, Options, Plan, Problem, Route, Tensors, View};
 use qkv::doctor::Tolerance;
 use qkv::gpu::{DType, Gpu, Limits, Recorder, Recording, Tensor};
 use qkv::reference::{self, Attention, Offset};
-use qkv::Result;
 
 use super::super::attend::route_name;
 use super::report::{Entry, Spread};

@@ -17,8 +17,8 @@ use qkv::{Error, Result};
 use super::attend::route_name;
 use super::{progress, say, write_whole};
 use measure::Inputs;
-use report::{Limits, Rates, Refused};
 pub use report::{Device, Entry, Report};
+use report::{Limits, Rates, Refused};
 use shape::{Shape, Suite};
 
 #[derive(Args)]
@@ -85,7 +85,11 @@ impl Options {
                 routes
             }),
         };
-        let mut work: Vec<_> = self.shapes.iter().map(|&shape| (shape, planned.clone())).collect();
+        let mut work: Vec<_> = self
+            .shapes
+            .iter()
+            .map(|&shape| (shape, planned.clone()))
+            .collect();
         let suites = match (self.suite.as_slice(), self.shapes.as_slice()) {
             ([], []) => &[Suite::Prefill, Suite::Decode],
             (suites, _) => suites,
@@ -193,7 +197,9 @@ fn write(path: &Path, text: String) -> Result<()> {
 
 fn facts(gpu: &Gpu, device: Option<&str>) -> Result<Device> {
     let adapters = adapters(device)?;
-    let chosen = adapters.into_iter().find(|adapter| adapter.chosen.is_some());
+    let chosen = adapters
+        .into_iter()
+        .find(|adapter| adapter.chosen.is_some());
     let chosen = chosen.ok_or_else(|| Error::NoAdapter("the device is gone".into()))?;
     let caps = gpu.caps();
     Ok(Device {

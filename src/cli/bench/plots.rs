@@ -58,7 +58,9 @@ fn short(x: f64) -> String {
 /// All of them, and some room on both sides.
 fn around(values: impl Iterator<Item = f64>, room: f64) -> Range<f64> {
     let finite = values.filter(|x| x.is_finite() && *x > 0.0);
-    let (low, high) = finite.fold((f64::INFINITY, 0f64), |(low, high), x| (low.min(x), high.max(x)));
+    let (low, high) = finite.fold((f64::INFINITY, 0f64), |(low, high), x| {
+        (low.min(x), high.max(x))
+    });
     match low.is_finite() {
         true => low / room..high * room,
         false => 0.1..10.0,
@@ -66,11 +68,7 @@ fn around(values: impl Iterator<Item = f64>, room: f64) -> Range<f64> {
 }
 
 type Area<'s> = DrawingArea<SVGBackend<'s>, plotters::coord::Shift>;
-type LogChart<'a, 's> = ChartContext<
-    'a,
-    SVGBackend<'s>,
-    Cartesian2d<LogCoord<f64>, LogCoord<f64>>,
->;
+type LogChart<'a, 's> = ChartContext<'a, SVGBackend<'s>, Cartesian2d<LogCoord<f64>, LogCoord<f64>>>;
 
 fn draw(
     size: (u32, u32),
@@ -142,9 +140,10 @@ pub fn roofline(report: &Report) -> Result<Plot> {
         [x.clone(), y.clone()],
         |chart| {
             for (ix, (name, rates)) in roofs.iter().enumerate() {
-                let steps = (0..=200).map(|n| x.start * (x.end / x.start).powf(f64::from(n) / 200.0));
-                let roof = steps.map(|x| (x, rates.gflops.min(rates.read_gb_s * x)));
-                let line: Vec<(f64, f64)> = roof.filter(|&(_, at)| at >= y.start).collect();
+                // From the left or lower edge to the ridge, and on to the right edge.
+                let ridge = rates.gflops / rates.read_gb_s;
+                let from = x.start.max(y.start / rates.read_gb_s).min(ridge);
+                let line = [from, ridge, x.end].map(|x| (x, rates.gflops.min(rates.read_gb_s * x)));
                 let style = INK.stroke_width(2);
                 match ix {
                     0 => chart.draw_series(LineSeries::new(line, style))?,
@@ -191,8 +190,15 @@ pub fn lengths(report: &Report) -> Result<Vec<Plot>> {
     }
     let mut plots = Vec::new();
     for of in families {
-        let own: Vec<&Entry> = report.entries.iter().filter(|e| family(&e.shape) == of).collect();
-        if own.iter().all(|entry| entry.shape.k_len == own[0].shape.k_len) {
+        let own: Vec<&Entry> = report
+            .entries
+            .iter()
+            .filter(|e| family(&e.shape) == of)
+            .collect();
+        if own
+            .iter()
+            .all(|entry| entry.shape.k_len == own[0].shape.k_len)
+        {
             continue;
         }
         let x = around(own.iter().map(|e| f64::from(e.shape.k_len)), 1.3);
@@ -252,14 +258,19 @@ pub fn errors(report: &Report) -> Result<Plot> {
     let error = |entry: &Entry| entry.error.max(1e-4);
     let x = around(report.entries.iter().map(|e| f64::from(e.shape.k_len)), 1.3);
     let y = around(report.entries.iter().map(error).chain([1.0]), 2.0);
-    let svg = draw((900, 340), ["keys", "of what is allowed"], [x.clone(), y], |chart| {
-        let limit = [(x.start, 1.0), (x.end, 1.0)];
-        chart.draw_series(DashedLineSeries::new(limit, 6, 5, INK.stroke_width(2)))?;
-        for entry in &report.entries {
-            point(chart, entry, (f64::from(entry.shape.k_len), error(entry)))?;
-        }
-        Ok(())
-    })?;
+    let svg = draw(
+        (900, 340),
+        ["keys", "of what is allowed"],
+        [x.clone(), y],
+        |chart| {
+            let limit = [(x.start, 1.0), (x.end, 1.0)];
+            chart.draw_series(DashedLineSeries::new(limit, 6, 5, INK.stroke_width(2)))?;
+            for entry in &report.entries {
+                point(chart, entry, (f64::from(entry.shape.k_len), error(entry)))?;
+            }
+            Ok(())
+        },
+    )?;
     Ok(Plot {
         title: "Worst error beside the oracle in f64".into(),
         svg,

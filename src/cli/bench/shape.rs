@@ -76,8 +76,11 @@ impl Suite {
             }
         };
         let types = if has_f16 { &["", ",f16"][..] } else { &[""] };
-        let all = text.iter().flat_map(|text| types.iter().map(move |ty| format!("{text}{ty}")));
-        all.map(|text| text.parse().expect("a shape of ours")).collect()
+        let all = text
+            .iter()
+            .flat_map(|text| types.iter().map(move |ty| format!("{text}{ty}")));
+        all.map(|text| text.parse().expect("a shape of ours"))
+            .collect()
     }
 }
 
@@ -151,7 +154,10 @@ impl FromStr for Shape {
             }
         }
         let &[batch, heads, kv_heads, q_len, k_len, dim] = sizes.as_slice() else {
-            return Err(format!("{} sizes, not the six of B,H,Hk,Q,K,D", sizes.len()));
+            return Err(format!(
+                "{} sizes, not the six of B,H,Hk,Q,K,D",
+                sizes.len()
+            ));
         };
         if sizes.contains(&0) || q_len > MAX_LEN || k_len > MAX_LEN || dim > MAX_HEAD_DIM {
             let bound = format!("lengths from 1 to {MAX_LEN}, D to {MAX_HEAD_DIM}");
@@ -161,7 +167,9 @@ impl FromStr for Shape {
             return Err(format!("Hk, {kv_heads}, must divide H, {heads}"));
         }
         if causal && q_len > k_len {
-            return Err(format!("causal with Q, {q_len}, above K, {k_len}: rows without keys"));
+            return Err(format!(
+                "causal with Q, {q_len}, above K, {k_len}: rows without keys"
+            ));
         }
         // Elements are counted in 32 bits.
         let most = [heads, q_len].map(u64::from).iter().product::<u64>();
