@@ -120,8 +120,7 @@ impl Spread {
     }
 
     pub fn is_noisy(&self) -> bool {
-        // A NaN is.
-        !(self.noise() <= NOISY)
+        self.noise().is_nan() || self.noise() > NOISY
     }
 }
 
