@@ -59,6 +59,7 @@ pub mod attention;
 pub mod cache;
 #[cfg(feature = "models")]
 pub mod complete;
+pub mod doctor;
 pub mod error;
 #[cfg(feature = "models")]
 pub mod generate;

@@ -17,6 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "model",
             "layers",
             "tune",
+            "doctor",
             "attention",
             "cache",
             "ops",
@@ -45,6 +46,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("layers", &["attention", "cache", "ops", "gpu", "error"]),
     ("tune", &["attention", "gpu", "error"]),
+    ("doctor", &["attention", "gpu", "error", "reference"]),
     ("attention", &["gpu", "error"]),
     ("cache", &["gpu", "error"]),
     ("ops", &["gpu", "error"]),
@@ -55,8 +57,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("reference", &[]),
 ];
 
-/// The only files that import the oracle: what they are for is to compare.
-const JUDGES: &[&str] = &["cli/attend/verify.rs", "tune/job.rs"];
+/// The only files beside the doctor that import the oracle: what they are for is to compare.
+const JUDGES: &[&str] = &[
+    "cli/attend/verify.rs",
+    "cli/bench/measure.rs",
+    "tune/job.rs",
+];
 
 /// Words of devices, clocks, files and the environment, which what is pure does not say.
 const IMPURE: &[&str] = &[
@@ -363,6 +369,8 @@ fn planted_faults_are_found() {
         ("model/marian.rs", "use crate::gpu::Recorder;", "`Recorder`"),
         ("model/llama.rs", "fn f(x: &Tensor) {}", "`Tensor`"),
         ("reference/stack.rs", "use crate::ops;", "`ops`"),
+        ("gpu/mod.rs", "use crate::doctor::Verdict;", "`doctor`"),
+        ("doctor/mod.rs", "use crate::model::Spec;", "`model`"),
         ("other.rs", "", "`other`"),
     ] {
         let said = check(path, text).join("\n");

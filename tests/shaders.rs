@@ -398,6 +398,12 @@ fn other_variants() -> Vec<Shader> {
         }
     }
     all.push(Shader::new("copy_page"));
+    for t in FLOATS {
+        for work in ["multiply_adds", "read", "copy"] {
+            let shader = Shader::new("limits").with("F16", t == "f16");
+            all.push(shader.with("T", t).with("WORK", work));
+        }
+    }
     for top_k in BOTH {
         for top_p in BOTH {
             all.push(
@@ -421,7 +427,7 @@ fn params_bytes(kernel: &str) -> u32 {
         "combine" => 64,
         "append" => 48,
         "embed" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "copy_page" | "sample" => 16,
+        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "copy_page" | "sample" | "limits" => 16,
         other => panic!("{other} is not in the list"),
     }
 }

@@ -1,7 +1,10 @@
 //! The program: arguments, progress bars and pictures; no logic of its own.
 
 mod attend;
+mod bench;
+mod compare;
 mod devices;
+mod doctor;
 mod explain;
 mod forward;
 mod generate;
@@ -47,6 +50,12 @@ enum Command {
     Devices(devices::Options),
     /// Measure which kernels are best on this device for attention of some shapes, and save it
     Tune(tune::Options),
+    /// Verify attention, then time it, beside the device's own measured limits
+    Bench(bench::Options),
+    /// What got faster or slower between two runs of `qkv bench --json`
+    Compare(compare::Options),
+    /// Run every kernel of the device on small hard problems beside an oracle; exit code 1 where one is wrong
+    Doctor(doctor::Options),
 }
 
 /// Which device, and whether what was measured on it counts.
@@ -125,6 +134,9 @@ pub fn run() -> ExitCode {
         Command::Generate(options) => generate::run(options, device).map(succeed),
         Command::Devices(options) => devices::run(options, device.wanted).map(succeed),
         Command::Tune(options) => tune::run(options, device).map(succeed),
+        Command::Bench(options) => bench::run(options, device),
+        Command::Compare(options) => compare::run(options).map(succeed),
+        Command::Doctor(options) => doctor::run(options, device.wanted),
     };
     match done {
         Ok(code) => code,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, OnceLock};
 
-use super::pipeline_cache::checksum;
+use super::checksum;
 use crate::{Error, Result};
 
 /// A constant of a variant, as the template sees it.
@@ -78,6 +78,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "decode",
     "decode_lanes",
     "embed",
+    "limits",
     "matmul",
     "matvec",
     "merge",
@@ -156,12 +157,12 @@ pub fn templates() -> minijinja::Environment<'static> {
 }
 
 /// A number that changes with any text under `shaders/`.
-pub(super) fn fingerprint() -> u64 {
-    let texts: Vec<&str> = SOURCES
-        .iter()
-        .flat_map(|&(name, text)| [name, text])
-        .collect();
-    checksum(texts.join("\0").as_bytes())
+pub(crate) fn fingerprint() -> u64 {
+    static SUM: OnceLock<u64> = OnceLock::new();
+    *SUM.get_or_init(|| {
+        let texts = SOURCES.iter().flat_map(|(name, text)| [*name, *text]);
+        checksum(texts.collect::<String>().as_bytes())
+    })
 }
 
 /// Whether a kernel has a function, a type, a constant or a variable of that name at its outermost level.

@@ -167,7 +167,7 @@ impl Job<'_> {
     }
 }
 
-fn route_name(route: Route) -> &'static str {
+pub fn route_name(route: Route) -> &'static str {
     match route {
         Route::ThreePass => "three-pass",
         Route::Prefill => "prefill",
