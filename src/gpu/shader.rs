@@ -81,6 +81,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "matvec",
     "merge",
     "norm",
+    "pack",
     "prefill",
     "prefill_lanes",
     "reorder",
@@ -194,6 +195,7 @@ pub fn is_reserved(name: &str) -> bool {
             "alibi",
             "t5",
             "sinks",
+            "tables",
             "qkv_calls",
         ]);
         names

@@ -87,9 +87,45 @@ pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
         ));
     }
     let route = choose_route(problem, caps)?;
+    let crowded = |plan: &Plan| {
+        let mut launches = plan.launches.iter();
+        launches
+            .find(|launch| launch.bindings.len() > caps.storage_buffers as usize)
+            .cloned()
+    };
+    let plain = plan_route(problem, caps, route, false)?;
+    if crowded(&plain).is_none() {
+        return Ok(plain);
+    }
+    let packed = plan_route(problem, caps, route, true)?;
+    let Some(launch) = crowded(&packed) else {
+        return Ok(packed);
+    };
+    // Each of the three passes binds a part of what a fused kernel does.
+    if problem.options.route.is_none()
+        && problem.options.splits.is_none()
+        && let Ok(passes) = plan_route(problem, caps, Route::ThreePass, true)
+        && crowded(&passes).is_none()
+    {
+        return Ok(passes);
+    }
+    let names: Vec<&str> = launch.bindings.iter().map(|(name, _)| &**name).collect();
+    Err(Error::refused(
+        "the tensors of these options together",
+        names.join(", "),
+        format!("this device binds {} at once", caps.storage_buffers),
+    ))
+}
+
+/// The kernels of a route, with the small tables `packed` into one buffer for those that would bind more
+/// than the device allows.
+fn plan_route(problem: &Problem, caps: &Caps, route: Route, packed: bool) -> Result<Plan> {
     let mut planner = Planner {
         problem,
         caps,
+        packed,
+        tables: [0; 2],
+        tables_from: [0; 10],
         parts: Vec::new(),
         k_block: 32,
         plan: Plan {
