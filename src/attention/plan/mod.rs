@@ -78,6 +78,13 @@ const WORKGROUP_MEMORY: u32 = 16_384;
 /// # Errors
 /// [`Error::Refused`] where the device cannot honour the problem, or the forced route cannot.
 pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
+    if problem.options.f16_math && !caps.f16 {
+        return Err(Error::refused(
+            "f16_math",
+            true,
+            "false: this device has no f16 in shaders",
+        ));
+    }
     let f16 = problem.types.contains(&DType::F16) || problem.bias_type == Some(DType::F16);
     if f16 && !caps.f16 {
         return Err(Error::refused(
@@ -104,6 +111,7 @@ pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
     // Each of the three passes binds a part of what a fused kernel does.
     if problem.options.route.is_none()
         && problem.options.splits.is_none()
+        && !problem.options.f16_math
         && let Ok(passes) = plan_route(problem, caps, Route::ThreePass, true)
         && crowded(&passes).is_none()
     {
@@ -156,13 +164,18 @@ fn by_lanes(caps: &Caps) -> bool {
     caps.software && lanes(caps).is_some_and(|n| n >= 8 && caps.subgroups == Some((n, n)))
 }
 
+/// The lanes of `prefill_lanes`, where that is the kernel to take: it has no products in f16.
+fn prefill_lanes(problem: &Problem, caps: &Caps) -> Option<u32> {
+    lanes(caps).filter(|_| by_lanes(caps) && !problem.options.f16_math)
+}
+
 /// The longest key axis of the prefill route.
 fn prefill_keys(problem: &Problem, caps: &Caps) -> u64 {
     if !caps.software {
         return u64::MAX;
     }
     // A tile's turns. By lanes: its products, scores and weights.
-    if by_lanes(caps) {
+    if prefill_lanes(problem, caps).is_some() {
         return TURNS / (problem.head_dim() as u64 / 4 + 60) * 32;
     }
     // Staging and products for each 32 columns of D and Dv, and the rows' maxima.
@@ -186,10 +199,18 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
         }
         (false, Some(route)) => route,
         (false, None) if problem.options.batch_invariant => Route::Decode,
+        (false, None) if problem.options.f16_math => Route::Prefill,
         (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps) => Route::Decode,
         (false, None) if rows <= few || problem.q_len() == 1 => Route::Decode,
         (false, None) => Route::Prefill,
     };
+    if problem.options.f16_math && route != Route::Prefill {
+        return Err(Error::refused(
+            "f16_math",
+            true,
+            format!("false: only the prefill route has it, and this is {route:?}"),
+        ));
+    }
     if let (Some(splits), true) = (problem.options.splits, route != Route::Decode) {
         return Err(Error::refused(
             "splits",

@@ -4,7 +4,7 @@ use super::super::problem::Stage;
 use super::launch::{Kernel, Part, Planner, Uses};
 use super::{
     ENOUGH_GROUPS, INVARIANT_SPLIT, SPLIT_AT_LEAST, THREADS, TURNS, WORKGROUP_MEMORY, by_lanes,
-    lanes, prefill_keys,
+    lanes, prefill_keys, prefill_lanes,
 };
 use crate::{Error, Result};
 
@@ -102,7 +102,7 @@ impl Planner<'_> {
     pub(super) fn prefill(&mut self) -> Result<()> {
         let problem = self.problem;
         let (head_dim, dv) = (problem.head_dim(), problem.value_dim());
-        let by_lanes = by_lanes(self.caps).then(|| lanes(self.caps)).flatten();
+        let by_lanes = prefill_lanes(problem, self.caps);
         // Keys of a tile, and value columns of a chunk, of which a workgroup has up to four.
         let block_k = by_lanes.map_or(32, |lanes| 4 * lanes);
         let columns = block_k;
@@ -191,6 +191,7 @@ impl Planner<'_> {
                 None => self
                     .shader("prefill", uses)
                     .with("ROWS", if chunks == 1 { 4u32 } else { 2 })
+                    .with("F16_MATH", problem.options.f16_math)
                     .with("SUBGROUPS", subgroups)
                     .with("FEW_REGISTERS", few_registers),
             };

@@ -454,6 +454,18 @@ fn check_options(tensors: &Tensors, options: &Options) -> Result<f32> {
         let bound = "no keys to the right: causal is asked for";
         return refuse("window", &options.window, bound);
     }
+    if options.f16_math {
+        for (name, view) in [("q", &tensors.q), ("k", &tensors.k), ("v", &tensors.v)] {
+            if view.tensor.dtype != DType::F16 {
+                let is = view.tensor.dtype.name();
+                return refuse(
+                    "f16_math",
+                    &true,
+                    format!("not with {name} in {is}: it takes f16"),
+                );
+            }
+        }
+    }
     if options.splits == Some(0) {
         return refuse("splits", &0, "at least 1");
     }
