@@ -17,7 +17,7 @@ fn nearly_every_set_of_options_fits_eight_buffers() {
     let out = tensor(F32, &[2, 4, 70, 8]);
     let lse = tensor(F32, &[2, 4, 70]);
     let per_head = tensor(F32, &[4]);
-    let t5 = tensor(F32, &[8, 4]);
+    let table = tensor(F32, &[8, 4]);
     let integers = tensor(DType::U32, &[2]);
     let offsets = tensor(DType::I32, &[2]);
     let rows = tensor(DType::U32, &[2, 90]);
@@ -59,23 +59,26 @@ fn nearly_every_set_of_options_fits_eight_buffers() {
             tensors.q_offset = has(0).then_some(&offsets);
             tensors.prefix_len = has(1).then_some(&integers);
             tensors.alibi = has(2).then_some(&per_head);
-            tensors.t5 = has(3).then_some(&t5);
+            tensors.t5 = has(3).then_some(&table);
             tensors.sinks = has(4).then_some(&per_head);
             tensors.bias = has(5).then(|| View::broadcast(&bias, cells).unwrap());
             tensors.mask = has(6).then(|| View::broadcast(&mask, cells).unwrap());
             tensors.lse = has(7).then_some(lse);
-            let mut options = Options::default();
-            options.t5 = has(3).then_some(T5 {
+            let t5 = T5 {
                 bidirectional: true,
                 max_distance: 20,
-            });
+            };
+            let mut options = Options {
+                t5: has(3).then_some(t5),
+                score_mod: has(8).then(|| score.into()),
+                mask_mod: has(9).then(|| allow.into()),
+                ..Options::default()
+            };
             for (bit, name) in [(8, "first"), (9, "second")] {
                 if has(bit) {
                     tensors.extra.push((name, &per_head));
                 }
             }
-            options.score_mod = has(8).then(|| score.into());
-            options.mask_mod = has(9).then(|| allow.into());
             sets += 1;
             for (ix, route) in Route::ALL.map(Some).into_iter().chain([None]).enumerate() {
                 options.route = route;
