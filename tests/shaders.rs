@@ -190,6 +190,14 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
                 Err(other) => panic!("{other}"),
             }
             plans += 1;
+            if route == Route::Prefill && types[..3] == [1; 3] {
+                options.f16_math = true;
+                let problem = Problem::new(&tensors, &options).unwrap();
+                let plan = plan(&problem, &caps).unwrap();
+                shaders.extend(plan.launches.into_iter().map(|launch| launch.shader));
+                options.f16_math = false;
+                plans += 1;
+            }
         }
         // What a measurement may choose instead.
         (tensors.weights, options.route, options.splits) = (None, None, None);
@@ -219,6 +227,18 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
             for subgroups in SUBGROUPS {
                 ask([q_len, d, dv], [0; 4], true, subgroups, &[], false);
             }
+        }
+    }
+    // What `prefill` multiplies in f16.
+    for subgroups in SUBGROUPS {
+        for [d, dv] in DIMS {
+            ask([9, d, dv], [1; 4], true, subgroups, &[], false);
+        }
+    }
+    for option in (0..OPTIONS.len()).filter(|option| ![15, 16].contains(option)) {
+        for subgroups in [SUBGROUPS[1], None] {
+            let types = [1, 1, 1, 0];
+            ask([70, 12, 20], types, false, subgroups, &[option], false);
         }
     }
     for first in 0..OPTIONS.len() {
@@ -423,11 +443,13 @@ fn other_variants() -> Vec<Shader> {
 fn params_bytes(kernel: &str) -> u32 {
     match kernel {
         "scores" | "softmax" | "values" | "prefill" | "prefill_lanes" | "decode"
-        | "decode_lanes" | "merge" | "block_map" => 240,
+        | "decode_lanes" | "merge" | "block_map" | "pack" => 272,
         "combine" => 64,
         "append" => 48,
         "embed" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "copy_page" | "sample" | "limits" => 16,
+        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "copy_page" | "sample" | "limits" => {
+            16
+        }
         other => panic!("{other} is not in the list"),
     }
 }
@@ -535,7 +557,8 @@ fn texts_for_browsers() {
 }
 
 /// Writes `prefill` and `decode` as planned for a device with 64 lanes and for one with 8 to 32, for
-/// benches/peers/compilers.py: 32 query heads on 8 KV heads, D 64 and 128, f32 and f16.
+/// benches/peers/compilers.py: 32 query heads on 8 KV heads, D 64 and 128, f32 and f16; `prefill` also with
+/// products in f16.
 #[test]
 #[ignore = "for benches/peers/compilers.py; QKV_TEXTS names a folder"]
 fn texts_for_compilers() {
@@ -548,21 +571,28 @@ fn texts_for_compilers() {
             .into_iter()
             .flat_map(|d| TYPES[..2].iter().map(move |t| (d, *t)))
         {
-            for (route, q_len) in [(Route::Prefill, 512), (Route::Decode, 1)] {
+            let f16_math = dtype == DType::F16;
+            for (route, q_len, f16_math) in [
+                (Route::Prefill, 512, false),
+                (Route::Prefill, 512, f16_math),
+                (Route::Decode, 1, false),
+            ] {
                 let make = |h, l| gpu().empty("tensor", dtype, &[1, h, l, d]).unwrap();
                 let [q, k, v, out] = [make(32, q_len), make(8, 512), make(8, 512), make(32, q_len)];
                 let view = |tensor| View::bhld(tensor).unwrap();
                 let tensors = Tensors::new(view(&q), view(&k), view(&v), view(&out));
                 let options = Options {
                     route: Some(route),
+                    f16_math,
                     ..Options::default()
                 };
                 let plan = plan(&Problem::new(&tensors, &options).unwrap(), &caps).unwrap();
                 let text = plan.launches[0].shader.expand(&templates()).unwrap();
                 let name = format!(
-                    "{}-{}-{d}-{lanes}.wgsl",
+                    "{}-{}-{d}-{lanes}{}.wgsl",
                     format!("{route:?}").to_lowercase(),
-                    dtype.name()
+                    dtype.name(),
+                    if f16_math { " (f16 math)" } else { "" },
                 );
                 std::fs::write(std::path::Path::new(&folder).join(name), text).unwrap();
             }

@@ -121,7 +121,7 @@ fn record_plan(
             "weights" if staged => scratch.cloned(),
             "weights" => tensors.weights.or(scratch).cloned(),
             "stage" => tensors.weights.cloned(),
-            "parts" | "block_map" => scratch.cloned(),
+            "parts" | "block_map" | "tables" => scratch.cloned(),
             "lse" => tensors.lse.cloned(),
             "kv_len" => tensors.kv_len.cloned(),
             "q_offset" => tensors.q_offset.cloned(),

@@ -83,6 +83,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "matvec",
     "merge",
     "norm",
+    "pack",
     "prefill",
     "prefill_lanes",
     "reorder",
@@ -205,6 +206,7 @@ pub fn is_reserved(name: &str) -> bool {
             "alibi",
             "t5",
             "sinks",
+            "tables",
             "qkv_calls",
         ]);
         names

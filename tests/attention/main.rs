@@ -9,6 +9,7 @@ mod compare;
 mod grid;
 mod limits;
 mod options;
+mod packed;
 mod plans;
 mod problems;
 mod sixteen;

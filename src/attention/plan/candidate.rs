@@ -120,7 +120,10 @@ impl Candidate {
         let lanes = lanes(caps);
         Ok(match route {
             Route::ThreePass => Candidate::three_pass(),
-            Route::Prefill => match whole_lanes(caps).filter(|_| by_lanes(caps)) {
+            // Products in f16 are `prefill`'s.
+            Route::Prefill => match whole_lanes(caps)
+                .filter(|_| by_lanes(caps) && !problem.options.f16_math)
+            {
                 // More rows of many columns would take more than a second to compile.
                 Some(lanes) if value_chunks(problem, lanes) > 2 || group_rows(problem) <= 32 => {
                     Candidate::prefill(Subgroups::Lanes, 16)
@@ -162,7 +165,7 @@ impl Candidate {
         })
     }
 
-    fn three_pass() -> Candidate {
+    pub(super) fn three_pass() -> Candidate {
         Candidate {
             route: Route::ThreePass,
             subgroups: Subgroups::Unused,
@@ -316,6 +319,7 @@ impl Problem {
     pub(super) fn is_tunable(&self) -> bool {
         let options = &self.options;
         let free = !options.batch_invariant
+            && !options.f16_math
             && options.route.is_none()
             && options.splits.is_none()
             && !self.wants_weights;

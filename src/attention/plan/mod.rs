@@ -93,6 +93,13 @@ pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
 /// # Errors
 /// As [`plan`].
 pub fn plan_with(problem: &Problem, caps: &Caps, tuned: Option<Candidate>) -> Result<Plan> {
+    if problem.options.f16_math && !caps.f16 {
+        return Err(Error::refused(
+            "f16_math",
+            true,
+            "false: this device has no f16 in shaders",
+        ));
+    }
     let f16 = problem.types.contains(&DType::F16) || problem.bias_type == Some(DType::F16);
     if f16 && !caps.f16 {
         return Err(Error::refused(
@@ -102,17 +109,64 @@ pub fn plan_with(problem: &Problem, caps: &Caps, tuned: Option<Candidate>) -> Re
         ));
     }
     let free = tuned.filter(|candidate| problem.is_tunable() && candidate.fits(problem, caps));
-    if let Some(Ok(mut plan)) = free.map(|candidate| lay_out(problem, caps, candidate)) {
+    if let Some(Ok(Ok(mut plan))) = free.map(|candidate| lay_out(problem, caps, candidate)) {
         plan.tuned = true;
         return Ok(plan);
     }
-    lay_out(problem, caps, Candidate::by_table(problem, caps)?)
+    let options = &problem.options;
+    let launch = match lay_out(problem, caps, Candidate::by_table(problem, caps)?)? {
+        Ok(plan) => return Ok(plan),
+        Err(launch) => launch,
+    };
+    // Each of the three passes binds a part of what a fused kernel does.
+    if options.route.is_none()
+        && options.splits.is_none()
+        && !options.f16_math
+        && let Ok(Ok(passes)) = lay_out(problem, caps, Candidate::three_pass())
+    {
+        return Ok(passes);
+    }
+    let names: Vec<&str> = launch.bindings.iter().map(|(name, _)| &**name).collect();
+    Err(Error::refused(
+        "the tensors of these options together",
+        names.join(", "),
+        format!("this device binds {} at once", caps.storage_buffers),
+    ))
 }
 
-fn lay_out(problem: &Problem, caps: &Caps, candidate: Candidate) -> Result<Plan> {
+/// The plan of a candidate, or a launch of it that binds more than the device allows even with the small tables packed
+/// into one buffer.
+fn lay_out(
+    problem: &Problem,
+    caps: &Caps,
+    candidate: Candidate,
+) -> Result<std::result::Result<Plan, Launch>> {
+    let crowded = |plan: &Plan| {
+        let mut launches = plan.launches.iter();
+        launches
+            .find(|launch| launch.bindings.len() > caps.storage_buffers as usize)
+            .cloned()
+    };
+    let plain = launches(problem, caps, candidate, false)?;
+    if crowded(&plain).is_none() {
+        return Ok(Ok(plain));
+    }
+    let packed = launches(problem, caps, candidate, true)?;
+    Ok(match crowded(&packed) {
+        None => Ok(packed),
+        Some(launch) => Err(launch),
+    })
+}
+
+/// The launches of a candidate, with the small tables `packed` into one buffer for those that would bind more
+/// than the device allows.
+fn launches(problem: &Problem, caps: &Caps, candidate: Candidate, packed: bool) -> Result<Plan> {
     let mut planner = Planner {
         problem,
         caps,
+        packed,
+        tables: [0; 2],
+        tables_from: [0; 10],
         parts: Vec::new(),
         k_block: 32,
         plan: Plan {
@@ -181,12 +235,20 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
         }
         (false, Some(route)) => route,
         (false, None) if problem.options.batch_invariant => Route::Decode,
+        (false, None) if problem.options.f16_math => Route::Prefill,
         (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps, by_lanes) => {
             Route::Decode
         }
         (false, None) if rows <= few || problem.q_len() == 1 => Route::Decode,
         (false, None) => Route::Prefill,
     };
+    if problem.options.f16_math && route != Route::Prefill {
+        return Err(Error::refused(
+            "f16_math",
+            true,
+            format!("false: only the prefill route has it, and this is {route:?}"),
+        ));
+    }
     if let (Some(splits), true) = (problem.options.splits, route != Route::Decode) {
         return Err(Error::refused(
             "splits",

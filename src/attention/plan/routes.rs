@@ -1,7 +1,7 @@
 //! The kernels of each route.
 
 use super::super::problem::Stage;
-use super::launch::{Kernel, Planner, Uses};
+use super::launch::{Kernel, Part, Planner, Uses};
 use super::{INVARIANT_SPLIT, Subgroups, THREADS, TURNS, by_lanes, prefill_keys};
 use crate::{Error, Result};
 
@@ -28,6 +28,7 @@ impl Planner<'_> {
             ));
         }
         self.make_parts(&["q", "k", "v", "o", "weights", "lse"])?;
+        self.pack_tables();
         for part in self.parts.clone() {
             let rows = self.rows(part);
             let keys = Uses {
@@ -118,16 +119,37 @@ impl Planner<'_> {
         let by_element = problem.mask.is_some() || problem.options.mask_mod.is_some();
         self.k_block = block_k;
         let k_blocks = problem.k_len().div_ceil(block_k) as u64;
-        for part in self.parts.clone() {
+        let uses = Uses {
+            keys: true,
+            scores: true,
+            masks: true,
+            rows: true,
+            sinks: true,
+        };
+        let mut buffers = vec!["q", "k", "v", "o"];
+        buffers.extend(problem.wants_lse.then_some("lse"));
+        // The map saves work and no more: it goes before an option does.
+        let with_map = buffers.len() + 1;
+        let may_map = by_element
+            && problem.q_len() >= 64
+            && problem.k_len() >= 64
+            && !(self.packed
+                && with_map + self.tables(with_map, uses).buffers()
+                    > self.caps.storage_buffers as usize);
+        let tiles = |planner: &Self, part: Part| {
+            let kv = (part.kv[1] - part.kv[0]) as u64;
+            let tiles = kv * planner.blocks(part, block_q) * k_blocks;
+            (may_map && tiles * 4 <= planner.caps.max_binding).then_some(tiles)
+        };
+        let parts = self.parts.clone();
+        let most = parts.iter().filter_map(|&part| tiles(self, part)).max();
+        self.plan.scratch = most.unwrap_or(0);
+        self.pack_tables();
+        for part in parts {
             let kv = (part.kv[1] - part.kv[0]) as u64;
             let blocks = self.blocks(part, block_q);
-            let tiles = kv * blocks * k_blocks;
-            let map = by_element
-                && problem.q_len() >= 64
-                && problem.k_len() >= 64
-                && tiles * 4 <= self.caps.max_binding;
-            if map {
-                self.plan.scratch = self.plan.scratch.max(tiles);
+            let map = tiles(self, part);
+            if let Some(tiles) = map {
                 let uses = Uses {
                     keys: true,
                     masks: true,
@@ -149,16 +171,8 @@ impl Planner<'_> {
                     },
                 )?;
             }
-            let uses = Uses {
-                keys: true,
-                scores: true,
-                masks: true,
-                rows: true,
-                sinks: true,
-            };
-            let mut buffers = vec!["q", "k", "v", "o"];
-            buffers.extend(problem.wants_lse.then_some("lse"));
-            buffers.extend(map.then_some("block_map"));
+            let mut buffers = buffers.clone();
+            buffers.extend(map.map(|_| "block_map"));
             let shader = match lanes {
                 Some(lanes) => self
                     .shader("prefill_lanes", uses)
@@ -168,13 +182,16 @@ impl Planner<'_> {
                 None => self
                     .shader("prefill", uses)
                     .with("ROWS", candidate.rows)
+                    .with("F16_MATH", problem.options.f16_math)
                     .with("SUBGROUPS", candidate.subgroups == Subgroups::Maxima)
                     .with("FEW_REGISTERS", few_registers),
             };
             self.launch(
                 part,
                 Kernel {
-                    shader: shader.with("V_CHUNKS", chunks).with("HAS_BLOCK_MAP", map),
+                    shader: shader
+                        .with("V_CHUNKS", chunks)
+                        .with("HAS_BLOCK_MAP", map.is_some()),
                     buffers,
                     uses,
                     count: kv * blocks * dv.div_ceil(chunks * columns) as u64,
@@ -233,6 +250,7 @@ impl Planner<'_> {
         }
         self.count_in_32_bits(self.plan.scratch)?;
         self.make_parts(&["q", "k", "v", "o", "parts", "lse"])?;
+        self.pack_tables();
         for part in self.parts.clone() {
             let uses = Uses {
                 keys: true,
