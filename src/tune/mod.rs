@@ -53,8 +53,6 @@ const LONG: f64 = 0.03;
 const KEPT_GROUPS: [u64; 2] = [256, 32];
 /// Runs of each candidate that is not dropped, at most.
 const ROUNDS: usize = 40;
-/// Rounds, and the share of them, in which another must beat the table's choice to take its place.
-const BEATEN: (usize, f64) = (3, 0.7);
 /// How much faster than the table's choice another must be to take its place: less is noise.
 const BETTER: f64 = 0.97;
 
@@ -254,8 +252,9 @@ impl<'a> Contest<'a> {
             let mut ratios: Vec<f64> = rounds.map(|(a, b)| a / b).collect();
             let wins = ratios.iter().filter(|&&ratio| ratio < 1.0).count() as f64;
             ratios.sort_by(f64::total_cmp);
-            let (least, share) = BEATEN;
-            let sure = ratios.len() >= least && wins >= share * ratios.len() as f64;
+            // Two standard deviations more than half of the rounds, as a coin would give them.
+            let n = ratios.len() as f64;
+            let sure = wins >= n / 2.0 + n.sqrt();
             sure.then(|| (ratios[ratios.len() / 2], entry.candidate))
         });
         let best = ratios.min_by(|a, b| a.0.total_cmp(&b.0));

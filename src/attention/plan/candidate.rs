@@ -147,9 +147,11 @@ impl Candidate {
                 };
                 let rows = decode_rows(problem, caps, lanes);
                 let room = register_room(caps, lanes);
-                // Several rows and keys share what is read; few rows would only use up registers.
+                // Several rows and keys share what is read; few rows would only use up registers, which a
+                // processor does not mind where most keys of a step are there.
+                let long = problem.k_len() >= 256 && !problem.has_kv_len;
                 let many = lanes.is_some()
-                    && rows >= 4
+                    && (rows >= 4 || by_lanes(caps) && long)
                     && decode_registers(problem, lanes, rows, 4) <= room;
                 Candidate {
                     route,

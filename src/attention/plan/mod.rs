@@ -68,7 +68,7 @@ const SPLIT_AT_LEAST: u32 = 512;
 /// Keys of each part where a row's result may not depend on its neighbours.
 const INVARIANT_SPLIT: u32 = 1024;
 /// Workgroups that keep a large device busy, and a processor, where each part costs as much as it brings.
-const ENOUGH_GROUPS: [u64; 2] = [256, 16];
+const ENOUGH_GROUPS: [u64; 2] = [256, 8];
 /// Threads of the kernels whose threads are numbered through.
 const THREADS: u64 = 64;
 /// Multiply-adds of one launch: a tenth of a second or so on a small device, well below any watchdog.
