@@ -1,4 +1,5 @@
-//! What a step of decoding costs by how the cache lies and what it is stored in: one query over K keys.
+//! What a step of decoding costs by how the cache lies and what it is stored in: one query over K keys; by whether
+//! sequences read the keys that they share once; and by whether sequences of different lengths go together.
 //!
 //! ```text
 //! cargo bench --bench cache
@@ -8,7 +9,7 @@
 //! the device's own clock; ratios are of medians, to contiguous f32. The error of quantised forms is that of the
 //! result beside f16's, as root of mean squares over that of the result.
 
-use qkv::attention::{Options, Tensors, View, record};
+use qkv::attention::{Options, SharedKeys, Tensors, View, record, record_cascade};
 use qkv::gpu::{DType, Gpu, Recorder, Recording, Tensor};
 use qkv::reference::{self, Attention};
 
@@ -129,7 +130,7 @@ fn stored(gpu: &Gpu, dtype: DType, d: u32, values: &[f32]) -> qkv::Result<Vec<f6
 }
 
 fn main() -> qkv::Result<()> {
-    let gpu = Gpu::new()?;
+    let gpu = Gpu::new()?.untuned();
     println!("{}", gpu.caps().name);
     for shape in SHAPES {
         let [b, heads, kv_heads, k_len, d] = shape;
@@ -189,6 +190,220 @@ fn main() -> qkv::Result<()> {
                 100.0 * beside
             );
         }
+    }
+    shared_keys(&gpu)?;
+    ragged(&gpu)
+}
+
+/// How far `b` is off from `a`, of its size.
+fn rms_off(a: &[f32], b: &[f32]) -> f64 {
+    let off = rms(a.iter().zip(b).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+    off / rms(a.iter().map(|&x| f64::from(x)))
+}
+
+/// Medians of some recordings' times in milliseconds, taken in turn.
+fn medians(gpu: &Gpu, recordings: &[Recording]) -> qkv::Result<Vec<f64>> {
+    let mut times = vec![Vec::new(); recordings.len()];
+    for _ in 0..ROUNDS {
+        for (recording, times) in recordings.iter().zip(&mut times) {
+            times.push(gpu.time(recording)?.as_secs_f64() * 1e3);
+        }
+    }
+    Ok(times
+        .into_iter()
+        .map(|mut times| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        })
+        .collect())
+}
+
+/// Positions of a page.
+const PAGE: u32 = 16;
+
+/// One new token of each of 16 sequences, whose first 2,048 keys are the same pages.
+fn shared_keys(gpu: &Gpu) -> qkv::Result<()> {
+    const SEQUENCES: u32 = 16;
+    const SHARED: u32 = 2048;
+    println!("\n{SEQUENCES} sequences that share {SHARED} keys, one token each, pages of {PAGE}");
+    println!("H,Hk,D,own keys    each its own ms   shared once ms   times faster");
+    for [heads, kv_heads, d, own] in [[9, 3, 64, 64], [32, 8, 128, 64], [32, 8, 128, 512]] {
+        let (first, behind) = (SHARED / PAGE, own / PAGE);
+        let pool = [first + SEQUENCES * behind, kv_heads, PAGE, d];
+        let upload = |seed, name: &str, shape: [u32; 4]| {
+            let values = noise(seed, shape.iter().product::<u32>() as usize);
+            gpu.upload_floats(name, DType::F32, &shape, &values)
+        };
+        let rows = [1, heads, SEQUENCES, d];
+        let q = upload(5, "q", rows)?;
+        let (k, v) = (upload(6, "k", pool)?, upload(7, "v", pool)?);
+        let own_pages = |s: u32| (0..behind).map(move |ix| first + s * behind + ix);
+        let table =
+            |rows: Vec<u32>, n: u32| gpu.upload_u32("pages", &[n, rows.len() as u32 / n], &rows);
+        let all = table(
+            (0..SEQUENCES)
+                .flat_map(|s| (0..first).chain(own_pages(s)))
+                .collect(),
+            SEQUENCES,
+        )?;
+        let behind = table((0..SEQUENCES).flat_map(own_pages).collect(), SEQUENCES)?;
+        let once = table((0..first).collect(), 1)?;
+        let each: Vec<u32> = (0..=SEQUENCES).collect();
+        let cu_q = gpu.upload_u32("cu_q", &[SEQUENCES + 1], &each)?;
+        let group = gpu.upload_u32("group", &[2], &[0, SEQUENCES])?;
+        let shared_len = gpu.upload_u32("shared keys", &[1], &[SHARED])?;
+        let outs = [
+            gpu.empty("out", DType::F32, &rows)?,
+            gpu.empty("out", DType::F32, &rows)?,
+        ];
+        let tensors = |pages, out| -> qkv::Result<Tensors> {
+            Ok(Tensors {
+                pages: Some(pages),
+                cu_q: Some(&cu_q),
+                ..Tensors::new(
+                    View::bhld(&q)?,
+                    View::bhld(&k)?,
+                    View::bhld(&v)?,
+                    View::bhld(out)?,
+                )
+            })
+        };
+        let causal = Options {
+            causal: true,
+            ..Options::default()
+        };
+        let mut apart = Recorder::new(gpu);
+        record(&mut apart, &tensors(&all, &outs[0])?, &causal)?;
+        let mut together = Recorder::new(gpu);
+        let shared = SharedKeys {
+            pages: &once,
+            kv_len: &shared_len,
+            cu_q: &group,
+        };
+        record_cascade(
+            &mut together,
+            &tensors(&behind, &outs[1])?,
+            &shared,
+            &causal,
+        )?;
+        let recordings = [apart.finish()?, together.finish()?];
+        for recording in &recordings {
+            gpu.run(recording)?;
+        }
+        let [a, b] = outs.each_ref().map(|out| gpu.read_floats(out));
+        let (a, b) = (a?, b?);
+        let error = rms_off(&a, &b);
+        assert!(error < 1e-5, "they differ by {error}");
+        let times = medians(gpu, &recordings)?;
+        println!(
+            "{:<18}{:>16.3}{:>17.3}{:>15.2}",
+            format!("{heads},{kv_heads},{d},{own}"),
+            times[0],
+            times[1],
+            times[0] / times[1]
+        );
+    }
+    Ok(())
+}
+
+/// Sequences of different lengths in one launch, beside the sum of launches of their own.
+fn ragged(gpu: &Gpu) -> qkv::Result<()> {
+    // New tokens and keys of each: two prompts' chunks, and texts that go on.
+    const PARTS: [[u32; 2]; 8] = [
+        [192, 192],
+        [64, 1024],
+        [1, 4096],
+        [1, 2048],
+        [1, 512],
+        [1, 512],
+        [1, 64],
+        [1, 16],
+    ];
+    println!("\n8 ragged sequences in pages of {PAGE}: (new tokens, keys) {PARTS:?}");
+    println!("H,Hk,D,invariant   together ms   sum of parts ms   ratio");
+    for ([heads, kv_heads, d], batch_invariant) in [[9, 3, 64], [32, 8, 128]]
+        .into_iter()
+        .flat_map(|shape| [(shape, false), (shape, true)])
+    {
+        let total: u32 = PARTS.iter().map(|[_, k]| k / PAGE).sum();
+        let pool = [total, kv_heads, PAGE, d];
+        let upload = |seed, name: &str, shape: [u32; 4]| {
+            let values = noise(seed, shape.iter().product::<u32>() as usize);
+            gpu.upload_floats(name, DType::F32, &shape, &values)
+        };
+        let (k, v) = (upload(8, "k", pool)?, upload(9, "v", pool)?);
+        let causal = Options {
+            causal: true,
+            batch_invariant,
+            ..Options::default()
+        };
+        let mut at = 0;
+        let rows: Vec<Vec<u32>> = PARTS
+            .iter()
+            .map(|[_, k]| {
+                let row = at..at + k / PAGE;
+                at = row.end;
+                row.collect()
+            })
+            .collect();
+        let new: u32 = PARTS.iter().map(|[q, _]| q).sum();
+        let q = upload(10, "q", [1, new, heads, d])?;
+        let together = gpu.empty("out", DType::F32, &[1, new, heads, d])?;
+        let apart = gpu.empty("out", DType::F32, &[1, new, heads, d])?;
+        let ends: Vec<u32> = std::iter::once(0)
+            .chain(PARTS.iter().scan(0, |end, [q, _]| {
+                *end += q;
+                Some(*end)
+            }))
+            .collect();
+        let record_parts =
+            |parts: std::ops::Range<usize>, out: &Tensor| -> qkv::Result<Recording> {
+                let from = ends[parts.start];
+                let cu_q: Vec<u32> = ends[parts.start..=parts.end]
+                    .iter()
+                    .map(|end| end - from)
+                    .collect();
+                let extents = [1, heads, ends[parts.end] - from, d];
+                let width = rows[parts.clone()].iter().map(Vec::len).max().unwrap_or(0);
+                let mut pages = Vec::new();
+                for row in &rows[parts.clone()] {
+                    pages.extend_from_slice(row);
+                    pages.resize(pages.len() + width - row.len(), 0);
+                }
+                let n = parts.len() as u32;
+                let lengths: Vec<u32> = PARTS[parts].iter().map(|&[_, k]| k).collect();
+                let pages = gpu.upload_u32("pages", &[n, width as u32], &pages)?;
+                let lengths = gpu.upload_u32("lengths", &[n], &lengths)?;
+                let cu_q = gpu.upload_u32("cu_q", &[n + 1], &cu_q)?;
+                let view = |tensor| View::new(tensor, extents, from * heads * d, [0, d, heads * d]);
+                let tensors = Tensors {
+                    pages: Some(&pages),
+                    kv_len: Some(&lengths),
+                    cu_q: Some(&cu_q),
+                    ..Tensors::new(view(&q)?, View::bhld(&k)?, View::bhld(&v)?, view(out)?)
+                };
+                let mut recorder = Recorder::new(gpu);
+                record(&mut recorder, &tensors, &causal)?;
+                recorder.finish()
+            };
+        let mut recordings = vec![record_parts(0..PARTS.len(), &together)?];
+        for at in 0..PARTS.len() {
+            recordings.push(record_parts(at..at + 1, &apart)?);
+        }
+        for recording in &recordings {
+            gpu.run(recording)?;
+        }
+        let (a, b) = (gpu.read_floats(&together)?, gpu.read_floats(&apart)?);
+        let error = rms_off(&a, &b);
+        assert!(error < 1e-5, "they differ by {error}");
+        let times = medians(gpu, &recordings)?;
+        let parts: f64 = times[1..].iter().sum();
+        println!(
+            "{:<18}{:>12.3}{parts:>18.3}{:>8.2}",
+            format!("{heads},{kv_heads},{d},{batch_invariant}"),
+            times[0],
+            times[0] / parts
+        );
     }
     Ok(())
 }

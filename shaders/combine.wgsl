@@ -1,15 +1,27 @@
 // combine: two partial results over the same rows into one, by their LSE (natural logarithms):
 // O = sum e^(lse_n - lse) O_n, lse = log(sum e^lse_n). A part with LSE -inf is empty.
 //
-//   one thread: one element
-struct Params { count: u32, value_dim: u32, minus_infinity: f32, unused: u32 }
+//   one thread: four columns of one row
+{% if F16 %}
+enable f16;
+{% endif %}
+{% from "shared/rows.wgsl" import out_element, row_writer %}
+struct Params {
+    count: u32, value_dim: u32, heads: u32, rows: u32,                      // count: of threads with work
+    o_at: vec4<u32>,                                                        // offset, strides of batch, head, row
+    columns: vec4<u32>,                                                     // w: the stride of o's columns
+    minus_infinity: f32, pad_a: u32, pad_b: u32, pad_c: u32,
+}
 @group(0) @binding(0) var<uniform> P: Params;
-@group(0) @binding(1) var<storage, read> a: array<f32>;
-@group(0) @binding(2) var<storage, read> lse_a: array<f32>;
+@group(0) @binding(1) var<storage, read> a: array<f32>;                     // [B, H, Q, Dv]
+@group(0) @binding(2) var<storage, read> lse_a: array<f32>;                 // [B, H, Q]
 @group(0) @binding(3) var<storage, read> b: array<f32>;
 @group(0) @binding(4) var<storage, read> lse_b: array<f32>;
-@group(0) @binding(5) var<storage, read_write> o: array<f32>;
+@group(0) @binding(5) var<storage, read_write> o: array<{{ out_element(O_TYPE, VEC) }}>;
+{% if HAS_LSE %}
 @group(0) @binding(6) var<storage, read_write> lse: array<f32>;
+{% endif %}
+{{ row_writer("o", O_TYPE, "value_dim", VEC) }}
 
 const NEVER = -1.0e30;
 
@@ -21,16 +33,27 @@ fn main(
 ) {
     let index = (group.y * groups.x + group.x) * 64u + thread;
     if (index >= P.count) { return; }
-    let row = index / P.value_dim;
+    let quads = (P.value_dim + 3u) / 4u;
+    let row = index / quads;
+    let d = index % quads * 4u;
     let x = select(lse_a[row], NEVER, lse_a[row] < NEVER);
     let y = select(lse_b[row], NEVER, lse_b[row] < NEVER);
     let top = max(x, y);
     let p = select(exp(x - top), 0.0, x <= NEVER);
     let q = select(exp(y - top), 0.0, y <= NEVER);
     let over = 1.0 / max(p + q, 0.5);
-    var sum = 0.0;
-    if (p > 0.0) { sum += p * over * a[index]; }
-    if (q > 0.0) { sum += q * over * b[index]; }
-    o[index] = sum;
-    if (index % P.value_dim == 0u) { lse[row] = select(P.minus_infinity, top + log(max(p + q, 0.5)), p + q > 0.0); }
+    var sum = vec4<f32>();
+{% for e in range(4) %}
+    if (d + {{ e }}u < P.value_dim) {
+        let at = row * P.value_dim + d + {{ e }}u;
+        if (p > 0.0) { sum[{{ e }}] += p * over * a[at]; }
+        if (q > 0.0) { sum[{{ e }}] += q * over * b[at]; }
+    }
+{% endfor %}
+    let place = vec3<u32>(row / (P.heads * P.rows), row / P.rows % P.heads, row % P.rows);
+    let at = P.o_at.x + place.x * P.o_at.y + place.y * P.o_at.z + place.z * P.o_at.w;
+    store_o(at, d, sum);
+{% if HAS_LSE %}
+    if (d == 0u) { lse[row] = select(P.minus_infinity, top + log(max(p + q, 0.5)), p + q > 0.0); }
+{% endif %}
 }

@@ -21,8 +21,13 @@
 {% if F16 %}
 enable f16;
 {% endif %}
+{% set HOLES = HAS_BIAS or HAS_SCORE_MOD or HAS_MASK or HAS_MASK_MOD %}
 {% if BROWSER %}
 enable subgroups;
+{% if HOLES %}
+// That a vote of the subgroup, `edge`, is the same in all its lanes is not known to the analysis.
+diagnostic(off, subgroup_uniformity);
+{% endif %}
 {% endif %}
 {% from "shared/rows.wgsl" import element, out_element, row_loader, row_writer %}
 {% set lse = [["lse", "read_write", "f32"]] if HAS_LSE else [] %}
@@ -35,7 +40,6 @@ enable subgroups;
 {{ row_loader("v", V_TYPE, "value_dim", "z", VEC, V_WHOLE) }}
 {{ row_writer("o", O_TYPE, "value_dim", VEC) }}
 {% set LAW = HAS_SOFTCAP or HAS_BIAS or HAS_ALIBI or HAS_T5 or HAS_SCORE_MOD or HAS_MASK or HAS_MASK_MOD %}
-{% set HOLES = HAS_BIAS or HAS_SCORE_MOD or HAS_MASK or HAS_MASK_MOD %}
 {% set OWN = (ROWS + LANES - 1) // LANES %}
 
 const ROWS = {{ ROWS }}u;

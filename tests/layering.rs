@@ -17,6 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "model",
             "layers",
             "doctor",
+            "tune",
             "attention",
             "cache",
             "ops",
@@ -45,6 +46,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("layers", &["attention", "cache", "ops", "gpu", "error"]),
     ("doctor", &["attention", "gpu", "error", "reference"]),
+    ("tune", &["attention", "gpu", "error"]),
     ("attention", &["gpu", "error"]),
     ("cache", &["gpu", "error"]),
     ("ops", &["gpu", "error"]),
@@ -56,7 +58,11 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 /// The only files beside the doctor that import the oracle: what they are for is to compare.
-const JUDGES: [&str; 2] = ["cli/attend/verify.rs", "cli/bench/measure.rs"];
+const JUDGES: &[&str] = &[
+    "cli/attend/verify.rs",
+    "cli/bench/measure.rs",
+    "tune/job.rs",
+];
 
 /// Words of devices, clocks, files and the environment, which what is pure does not say.
 const IMPURE: &[&str] = &[

@@ -7,12 +7,14 @@ use std::sync::OnceLock;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, StorageAccess, TypeInner};
 use qkv::Error;
-use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, plan};
+use qkv::attention::{
+    Align, Candidate, Options, Problem, Route, Stage, T5, Tensors, View, plan, plan_with,
+};
 use qkv::gpu::{Caps, DType, Gpu, Shader, Tensor, templates};
 
 /// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 15_216;
-const TEXTS: usize = 12_110;
+const VARIANTS: usize = 17_323;
+const TEXTS: usize = 13_940;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -189,6 +191,20 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
             }
             plans += 1;
         }
+        // What a measurement may choose instead.
+        (tensors.weights, options.route, options.splits) = (None, None, None);
+        let problem = Problem::new(&tensors, &options).unwrap();
+        let mut kernels = Candidate::kernels(&problem, &caps);
+        kernels.retain(|_| changes.len() < 2);
+        for kernel in kernels {
+            let most = if kernel.route == Route::Decode { 2 } else { 1 };
+            for splits in 1..=most {
+                let other = Some(Candidate { splits, ..kernel });
+                let plan = plan_with(&problem, &caps, other).unwrap();
+                shaders.extend(plan.launches.into_iter().map(|launch| launch.shader));
+                plans += 1;
+            }
+        }
     };
     for mix in 0..81 {
         let types = [mix % 3, mix / 3 % 3, mix / 9 % 3, mix / 27];
@@ -234,8 +250,24 @@ fn attention_variants() -> &'static HashSet<Shader> {
     ALL.get_or_init(|| {
         let (mut all, plans, refused) = planned();
         println!("{plans} plans, {refused} refused");
-        assert_eq!((plans, refused), (9306, 108));
-        all.insert(Shader::new("combine"));
+        assert_eq!((plans, refused), (15_310, 108));
+        for ((dtype, lse), vec) in [
+            ("f32", true),
+            ("f32", false),
+            ("f16", false),
+            ("bf16", false),
+        ]
+        .into_iter()
+        .flat_map(|form| [(form, 1u32), (form, 4)])
+        {
+            all.insert(
+                Shader::new("combine")
+                    .with("F16", dtype == "f16")
+                    .with("O_TYPE", dtype)
+                    .with("VEC", vec)
+                    .with("HAS_LSE", lse),
+            );
+        }
         all
     })
 }
@@ -392,10 +424,12 @@ fn params_bytes(kernel: &str) -> u32 {
     match kernel {
         "scores" | "softmax" | "values" | "prefill" | "prefill_lanes" | "decode"
         | "decode_lanes" | "merge" | "block_map" => 240,
+        "combine" => 64,
         "append" => 48,
         "embed" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "combine" | "copy_page"
-        | "sample" | "limits" => 16,
+        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "copy_page" | "sample" | "limits" => {
+            16
+        }
         other => panic!("{other} is not in the list"),
     }
 }
@@ -582,5 +616,9 @@ var<workgroup> wg: array<f32, 64>;
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
+    GPU.get_or_init(|| {
+        Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned()
+    })
 }

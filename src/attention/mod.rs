@@ -4,23 +4,63 @@
 //! Problem::new(tensors, options)? -> plan(problem, caps)? -> launches -> Recorder::dispatch
 //! ```
 
+mod cascade;
 mod plan;
 mod problem;
 
-pub use plan::{Launch, Plan, Route, plan};
+pub use cascade::{Partial, SharedKeys, merge, record_cascade};
+pub use plan::{Candidate, Launch, Plan, Route, Subgroups, plan, plan_with};
 pub use problem::{
     Align, Layout, MAX_HEAD_DIM, MAX_LEN, Options, Problem, Stage, T5, Tensors, View,
 };
 
-use crate::gpu::{DType, Recorder, Shader, Slice, Tensor};
+use crate::gpu::{DType, Gpu, Recorder, Slice, Tensor};
 use crate::{Error, Result};
+
+/// The plan that [`record`] would make: what was tuned on this device ([`crate::tune`]) where it fits, else
+/// by the table of capabilities.
+///
+/// # Errors
+/// As [`plan()`].
+pub fn planned_on(gpu: &Gpu, problem: &Problem) -> Result<Plan> {
+    let tuned = || {
+        // Text, then why.
+        let choice = gpu.choice(&problem.bucket()?)?;
+        choice.split(';').next()?.parse().ok()
+    };
+    let tuned = if gpu.has_no_choices() { None } else { tuned() };
+    plan_with(problem, gpu.caps(), tuned)
+}
 
 /// Records one attention. Scratch that the plan needs is made here, once for the recording.
 ///
 /// # Errors
 /// [`Error::Refused`] for a problem that no kernel can honour.
 pub fn record(recorder: &mut Recorder, tensors: &Tensors, options: &Options) -> Result<Plan> {
-    let plan = plan(&Problem::new(tensors, options)?, recorder.gpu().caps())?;
+    let plan = planned_on(recorder.gpu(), &Problem::new(tensors, options)?)?;
+    record_own(recorder, tensors, plan)
+}
+
+/// [`record`] by a candidate, to measure it.
+///
+/// # Errors
+/// [`Error::Refused`] also for a candidate that does not fit the problem and the device.
+pub fn record_as(
+    recorder: &mut Recorder,
+    tensors: &Tensors,
+    options: &Options,
+    candidate: Candidate,
+) -> Result<Plan> {
+    let problem = Problem::new(tensors, options)?;
+    let plan = plan_with(&problem, recorder.gpu().caps(), Some(candidate))?;
+    if !plan.tuned {
+        let bound = "one that fits this problem and device";
+        return Err(Error::refused("the candidate", candidate, bound));
+    }
+    record_own(recorder, tensors, plan)
+}
+
+fn record_own(recorder: &mut Recorder, tensors: &Tensors, plan: Plan) -> Result<Plan> {
     let scratch = match plan.scratch {
         0 => None,
         words => Some(
@@ -33,7 +73,8 @@ pub fn record(recorder: &mut Recorder, tensors: &Tensors, options: &Options) -> 
 }
 
 /// [`record`] with scratch of the caller's: at least [`Plan::scratch`] words of 32 bits, which several
-/// recordings may share if they run one after the other. Ask [`plan`] how many there must be.
+/// recordings may share if they run one after the other. Ask [`plan()`] or [`planned_on`] how many there must
+/// be; a tuned choice that needs more than there are is left.
 ///
 /// # Errors
 /// [`Error::Refused`] for a problem that no kernel can honour, and for too little scratch.
@@ -43,8 +84,13 @@ pub fn record_in(
     options: &Options,
     scratch: &Tensor,
 ) -> Result<Plan> {
-    let plan = plan(&Problem::new(tensors, options)?, recorder.gpu().caps())?;
-    if scratch.buffer().size() < plan.scratch * 4 {
+    let problem = Problem::new(tensors, options)?;
+    let has = |plan: &Plan| scratch.buffer().size() >= plan.scratch * 4;
+    let mut plan = planned_on(recorder.gpu(), &problem)?;
+    if plan.tuned && !has(&plan) {
+        plan = plan::plan(&problem, recorder.gpu().caps())?;
+    }
+    if !has(&plan) {
         return Err(Error::refused(
             "scratch",
             format_args!("{} bytes", scratch.buffer().size()),
@@ -107,79 +153,7 @@ fn record_plan(
             .collect();
         recorder.dispatch_slices(&launch.shader, launch.params, slices, launch.groups)?;
     }
+    tracing::debug!(candidate = %plan.candidate, tuned = plan.tuned, "attention");
     tracing::trace!(?plan, "attention");
     Ok(plan)
-}
-
-/// Partial results over different keys of the same rows.
-#[derive(Clone, Copy, Debug)]
-pub struct Partial<'a> {
-    /// The result over these keys. f32 `[..., Dv]`
-    pub out: &'a Tensor,
-    /// The natural logarithm of each row's denominator; -inf where the part is empty. f32 `[...]`
-    pub lse: &'a Tensor,
-}
-
-/// Records the merging of two partial results into `into`, which is as if their keys had been attended to
-/// at once: for cascades, shared prefixes, and keys spread over devices (FlashInfer's merge of attention
-/// states). More than two are merged one after the other; the order changes only the rounding. `into` needs
-/// buffers of its own.
-///
-/// # Errors
-/// [`Error::Refused`] where shapes or types do not agree.
-pub fn merge(recorder: &mut Recorder, a: Partial, b: Partial, into: Partial) -> Result<()> {
-    #[repr(C)]
-    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-    struct Params {
-        count: u32,
-        value_dim: u32,
-        minus_infinity: f32,
-        unused: u32,
-    }
-    let shape = into.out.shape();
-    for (name, part) in [("a", a), ("b", b), ("into", into)] {
-        let rows = shape.split_last().map(|(_, rows)| rows);
-        let agrees = part.out.shape() == shape
-            && Some(part.lse.shape()) == rows
-            && part.out.dtype() == DType::F32
-            && part.lse.dtype() == DType::F32;
-        if !agrees {
-            return Err(Error::refused(
-                format!("{name} of a merge"),
-                format_args!("out {:?}, lse {:?}", part.out.shape(), part.lse.shape()),
-                format!("f32, out {shape:?} and an lse for each of its rows"),
-            ));
-        }
-    }
-    for (name, tensor) in [("into.out", into.out), ("into.lse", into.lse)] {
-        let inputs = [a.out, a.lse, b.out, b.lse];
-        if inputs.iter().any(|input| input.buffer() == tensor.buffer())
-            || into.out.buffer() == into.lse.buffer()
-        {
-            return Err(Error::refused(
-                name,
-                "in another's buffer",
-                "a buffer of its own",
-            ));
-        }
-    }
-    if into.out.len() > u32::MAX as u64 {
-        return Err(Error::refused(
-            "into.out",
-            format_args!("{shape:?}"),
-            "fewer than 2^32 elements",
-        ));
-    }
-    let params = Params {
-        count: into.out.len() as u32,
-        value_dim: shape.last().copied().unwrap_or(1).max(1),
-        minus_infinity: f32::NEG_INFINITY,
-        unused: 0,
-    };
-    recorder.dispatch(
-        &Shader::new("combine"),
-        params,
-        &[a.out, a.lse, b.out, b.lse, into.out, into.lse],
-        into.out.len().div_ceil(64),
-    )
 }

@@ -1,6 +1,6 @@
 //! Which page holds what: the host's side of a paged cache, without a device.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::{Error, Result};
 
@@ -308,5 +308,84 @@ impl Book {
             .into_iter()
             .for_each(|page| self.release(page));
         Ok(())
+    }
+}
+
+/// Rows of pages by the first ones that they have in common, as members and how many those are, such that the fewest
+/// pages are read where a group's common ones are read once.
+pub(crate) fn groups(rows: &[&[u32]]) -> Vec<(Vec<usize>, usize)> {
+    best(rows, (0..rows.len()).collect(), 0).1
+}
+
+/// The pages spared, and the groups, of members that have their first `known` pages in common.
+fn best(rows: &[&[u32]], members: Vec<usize>, known: usize) -> (usize, Vec<(Vec<usize>, usize)>) {
+    let [first, others @ ..] = members.as_slice() else {
+        return (0, Vec::new());
+    };
+    if others.is_empty() {
+        return (0, vec![(members, 0)]);
+    }
+    let shortest = members.iter().map(|&row| rows[row].len()).min();
+    let in_common = |&at: &usize| others.iter().all(|&row| rows[row][at] == rows[*first][at]);
+    let common = (known..shortest.unwrap_or(0))
+        .take_while(in_common)
+        .last()
+        .map_or(known, |at| at + 1);
+    let mut by_next: BTreeMap<Option<u32>, Vec<usize>> = BTreeMap::new();
+    for &row in &members {
+        by_next
+            .entry(rows[row].get(common).copied())
+            .or_default()
+            .push(row);
+    }
+    let together = others.len() * common;
+    let mut apart = (0, Vec::new());
+    if by_next.len() == 1 {
+        return (together, vec![(members, common)]);
+    }
+    for (next, part) in by_next {
+        let (spared, groups) = match next {
+            Some(_) => best(rows, part, common + 1),
+            // They end here: nothing more to share.
+            None => ((part.len() - 1) * common, vec![(part, common)]),
+        };
+        apart.0 += spared;
+        apart.1.extend(groups);
+    }
+    match together >= apart.0 {
+        true => (together, vec![(members, common)]),
+        false => apart,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_spare_the_most_pages() {
+        let rows: [&[u32]; 8] = [
+            &[1, 2, 3, 4, 5],
+            &[9, 8],
+            &[1, 2, 3, 4, 6],
+            &[1, 7],
+            &[1, 2, 3, 4],
+            &[],
+            &[9, 8],
+            &[],
+        ];
+        let mut got = groups(&rows);
+        got.sort();
+        // The three of four pages spare 8; with the one of one page, 3 of one.
+        let want = [
+            (vec![0, 2, 4], 4),
+            (vec![1, 6], 2),
+            (vec![3], 0),
+            (vec![5, 7], 0),
+        ];
+        assert_eq!(got, want);
+        assert_eq!(groups(&[]), []);
+        assert_eq!(groups(&[&[][..], &[]]), [(vec![0, 1], 0)]);
+        assert_eq!(groups(&[&[3][..], &[3]]), [(vec![0, 1], 1)]);
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::book::{Book, Keep, NO_PAGE, SequenceId, unseen};
+use super::book::{Book, Keep, NO_PAGE, SequenceId, groups, unseen};
 use crate::gpu::{DType, Gpu, Recorder, Shader, Tensor};
 use crate::{Error, Result};
 
@@ -71,16 +71,12 @@ impl PagedCache {
             }
         }
         let shape = [pages, kv_heads, page_len, head_dim];
-        for dtype in types {
-            let fits = match dtype.is_quantized() {
-                true => head_dim.is_multiple_of(32),
-                false => dtype.is_float() && (dtype != DType::BF16 || head_dim.is_multiple_of(2)),
-            };
-            if !fits || !dtype.bytes(&shape[1..]).is_multiple_of(4) {
-                let is = format!("{} {shape:?}", dtype.name());
-                let bound = "floats in pages of whole words, bf16 of even heads, or q8_0 or q4_0 of heads of whole blocks of 32";
-                return Err(Error::refused("the cache's storage", is, bound));
-            }
+        super::check_types(gpu, types, &shape)?;
+        let whole = |dtype: &DType| dtype.bytes(&shape[1..]).is_multiple_of(4);
+        if let Some(dtype) = types.iter().find(|dtype| !whole(dtype)) {
+            let is = format!("{} {shape:?}", dtype.name());
+            let bound = "pages of whole words";
+            return Err(Error::refused("the cache's storage", is, bound));
         }
         let block = |name: &str, dtype| gpu.empty(name, dtype, &shape);
         Ok(PagedCache {
@@ -109,7 +105,8 @@ impl PagedCache {
         [&self.k[layer], &self.v[layer]]
     }
 
-    fn page_bytes(&self) -> u64 {
+    /// Bytes of a page of all layers, keys and values.
+    pub fn page_bytes(&self) -> u64 {
         let page = |tensor: &Tensor| tensor.bytes() / u64::from(self.extents.pages);
         self.k.iter().chain(&self.v).map(page).sum()
     }
@@ -204,26 +201,62 @@ impl PagedCache {
     /// # Errors
     /// [`Error::Refused`] for none, and for a sequence that is removed.
     pub fn tables(&self, ids: &[SequenceId]) -> Result<Tables> {
+        self.tables_behind(ids, &vec![0; ids.len()])
+    }
+
+    /// Sequences, each with its number of new tokens, by the first pages that they have in common and that hold none of
+    /// those: members as places in `new`, and how many pages.
+    pub(crate) fn shared(&self, new: &[(SequenceId, u32)]) -> Result<Vec<(Vec<usize>, usize)>> {
+        let before = |&(id, n): &(SequenceId, u32)| -> Result<&[u32]> {
+            let pages = self.book.pages(id)?;
+            let full = self.book.len(id)?.saturating_sub(n) / self.extents.page_len;
+            let held = pages.iter().take(full as usize);
+            Ok(&pages[..held.take_while(|&&page| page != NO_PAGE).count()])
+        };
+        let rows = new.iter().map(before).collect::<Result<Vec<_>>>()?;
+        Ok(groups(&rows))
+    }
+
+    /// [`PagedCache::tables`] of sequences without their first pages, as many as `skip` says.
+    pub(crate) fn tables_behind(&self, ids: &[SequenceId], skip: &[usize]) -> Result<Tables> {
         let rows = ids
             .iter()
-            .map(|&id| self.book.pages(id))
+            .zip(skip)
+            .map(|(&id, &skip)| {
+                let skipped = skip as u32 * self.extents.page_len;
+                Ok((&self.book.pages(id)?[skip..], self.book.len(id)? - skipped))
+            })
             .collect::<Result<Vec<_>>>()?;
-        let longest = rows.iter().map(|row| row.len()).max();
-        let m = longest.ok_or_else(|| Error::refused("sequences", 0, "one at least"))?;
-        let filler = |row: &&[u32]| std::iter::repeat_n(NO_PAGE, m.max(1) - row.len());
-        let pages: Vec<u32> = rows
+        self.upload(&rows)
+    }
+
+    /// The first pages of sequences, as many as `first` says of each.
+    pub(crate) fn tables_of_first(&self, ids: &[SequenceId], first: &[usize]) -> Result<Tables> {
+        let rows = ids
             .iter()
-            .flat_map(|row| row.iter().copied().chain(filler(row)))
-            .collect();
-        let lengths = ids
-            .iter()
-            .map(|&id| self.book.len(id))
-            .collect::<Result<Vec<u32>>>()?;
-        let n = ids.len() as u32;
+            .zip(first)
+            .map(|(&id, &first)| {
+                let len = first as u32 * self.extents.page_len;
+                Ok((&self.book.pages(id)?[..first], len))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        self.upload(&rows)
+    }
+
+    /// Rows of pages, each with the positions that it fills.
+    fn upload(&self, rows: &[(&[u32], u32)]) -> Result<Tables> {
+        let longest = rows.iter().map(|(pages, _)| pages.len()).max();
+        let m = longest
+            .ok_or_else(|| Error::refused("sequences", 0, "one at least"))?
+            .max(1);
+        let mut pages = vec![NO_PAGE; m * rows.len()];
+        for (to, (row, _)) in pages.chunks_mut(m).zip(rows) {
+            to[..row.len()].copy_from_slice(row);
+        }
+        let lengths: Vec<u32> = rows.iter().map(|&(_, len)| len).collect();
+        let n = rows.len() as u32;
         Ok(Tables {
-            pages: self
-                .gpu
-                .upload_u32("pages", &[n, m.max(1) as u32], &pages)?,
+            pages: self.gpu.upload_u32("pages", &[n, m as u32], &pages)?,
             lengths: self.gpu.upload_u32("lengths", &[n], &lengths)?,
         })
     }

@@ -10,6 +10,7 @@ mod forward;
 mod generate;
 mod picture;
 mod translate;
+mod tune;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -28,6 +29,9 @@ struct Cli {
     /// QKV_DEVICE if not given
     #[arg(long, global = true)]
     device: Option<String>,
+    /// Choose kernels by the table of capabilities alone, whatever `qkv tune` has found
+    #[arg(long, global = true)]
+    no_tune: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -50,6 +54,21 @@ enum Command {
     Compare(compare::Options),
     /// Run every kernel of the device on small hard problems beside an oracle; exit code 1 where one is wrong
     Doctor(doctor::Options),
+    /// Measure which kernels are best on this device for attention of some shapes, and save it
+    Tune(tune::Options),
+}
+
+/// Which device, and whether what was measured on it counts.
+struct Device<'a> {
+    wanted: Option<&'a str>,
+    no_tune: bool,
+}
+
+impl Device<'_> {
+    fn open(&self) -> Result<Gpu> {
+        let gpu = Gpu::choose(self.wanted)?;
+        Ok(if self.no_tune { gpu.untuned() } else { gpu })
+    }
 }
 
 #[derive(Args)]
@@ -103,17 +122,21 @@ pub fn run() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
-    let device = cli.device.as_deref().filter(|device| !device.is_empty());
+    let device = &Device {
+        wanted: cli.device.as_deref().filter(|device| !device.is_empty()),
+        no_tune: cli.no_tune,
+    };
     let succeed = |()| ExitCode::SUCCESS;
     let done = match &cli.command {
         Command::Attend(options) => attend::run(options, device),
         Command::Translate(options) => translate::run(options, device).map(succeed),
         Command::Forward(options) => forward::run(options, device).map(succeed),
         Command::Generate(options) => generate::run(options, device).map(succeed),
-        Command::Devices(options) => devices::run(options, device).map(succeed),
+        Command::Devices(options) => devices::run(options, device.wanted).map(succeed),
         Command::Bench(options) => bench::run(options, device),
         Command::Compare(options) => compare::run(options).map(succeed),
-        Command::Doctor(options) => doctor::run(options, device),
+        Command::Doctor(options) => doctor::run(options, device.wanted),
+        Command::Tune(options) => tune::run(options, device).map(succeed),
     };
     match done {
         Ok(code) => code,

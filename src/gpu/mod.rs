@@ -4,6 +4,7 @@
 mod adapter;
 pub mod blocks;
 mod caps;
+mod choices;
 mod limits;
 mod pipeline_cache;
 mod recorder;
@@ -42,6 +43,7 @@ struct Inner {
     templates: minijinja::Environment<'static>,
     pipelines: Mutex<HashMap<Shader, wgpu::ComputePipeline>>,
     cache: Option<Arc<pipeline_cache::DiskCache>>,
+    choices: choices::Choices,
     stats: Arc<Stats>,
     trouble: Arc<Mutex<Trouble>>,
 }
@@ -65,7 +67,8 @@ impl Gpu {
         let info = adapter.get_info();
         let cooperative = adapter::cooperative(&adapter);
         let cache = pipeline_cache::DiskCache::open(&device, &info).map(Arc::new);
-        let gpu = Gpu::assemble(device, queue, cooperative, cache);
+        let choices = choices::Choices::open(&info);
+        let gpu = Gpu::assemble(device, queue, cooperative, cache, choices);
         let trouble = gpu.0.trouble.clone();
         gpu.0
             .device
@@ -88,12 +91,15 @@ impl Gpu {
     }
 
     /// An engine inside a device of the caller's, with the powers that the device was made with. Its
-    /// callbacks are left alone; recordings never submit or wait.
+    /// callbacks are left alone; recordings never submit or wait. It reads and writes no files: what is
+    /// tuned on it is kept in memory.
     pub fn from_wgpu(device: &wgpu::Device, queue: &wgpu::Queue) -> Gpu {
-        Gpu::assemble(device.clone(), queue.clone(), Vec::new(), None)
+        let choices = choices::Choices::default();
+        Gpu::assemble(device.clone(), queue.clone(), Vec::new(), None, choices)
     }
 
-    /// The same device with fewer powers, and nothing compiled yet: the variants that lesser devices run.
+    /// The same device with fewer powers, and nothing compiled yet: the variants that lesser devices run. It
+    /// takes over what was tuned so far, and keeps what is tuned on it to itself.
     pub fn narrowed(&self, caps: Caps) -> Gpu {
         let inner = &self.0;
         Gpu(Arc::new(Inner {
@@ -103,6 +109,7 @@ impl Gpu {
             templates: inner.templates.clone(),
             pipelines: Mutex::default(),
             cache: inner.cache.clone(),
+            choices: inner.choices.copied(),
             stats: Arc::default(),
             trouble: inner.trouble.clone(),
         }))
@@ -113,6 +120,7 @@ impl Gpu {
         queue: wgpu::Queue,
         cooperative: Vec<CoopShape>,
         cache: Option<Arc<pipeline_cache::DiskCache>>,
+        choices: choices::Choices,
     ) -> Gpu {
         Gpu(Arc::new(Inner {
             caps: Caps::new(
@@ -126,6 +134,7 @@ impl Gpu {
             templates: shader::templates(),
             pipelines: Mutex::default(),
             cache,
+            choices,
             stats: Arc::default(),
             trouble: Arc::default(),
         }))

@@ -158,11 +158,11 @@ pub fn templates() -> minijinja::Environment<'static> {
 
 /// A number that changes with any text under `shaders/`.
 pub(crate) fn fingerprint() -> u64 {
-    static SUM: OnceLock<u64> = OnceLock::new();
-    *SUM.get_or_init(|| {
-        let texts = SOURCES.iter().flat_map(|(name, text)| [*name, *text]);
-        checksum(texts.collect::<String>().as_bytes())
-    })
+    let texts: Vec<&str> = SOURCES
+        .iter()
+        .flat_map(|&(name, text)| [name, text])
+        .collect();
+    checksum(texts.join("\0").as_bytes())
 }
 
 /// Whether a kernel has a function, a type, a constant or a variable of that name at its outermost level.

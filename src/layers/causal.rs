@@ -1,7 +1,7 @@
 //! Layers of decoder-only stacks: RMSNorm, rotary positions, grouped KV heads, a gated feed-forward.
 
 use crate::Result;
-use crate::attention::{self, Options, Tensors, View};
+use crate::attention::{self, Options, SharedKeys, Tensors, View};
 use crate::gpu::{DType, Gpu, Recorder, Tensor};
 use crate::ops::{self, Activation, Append, Epilogue, Linear, Norm, QkNorm, Rotary, Rows};
 
@@ -64,6 +64,20 @@ pub struct Paged<'a> {
     pub pages: &'a Tensor,
     /// Where each sequence's rows begin, and where the last one's end. u32 `[S + 1]`
     pub cu_q: &'a Tensor,
+    /// Where first keys that sequences share are read once. What is then the same whatever stands beside it is
+    /// so but for rounding.
+    pub cascade: Option<Cascade<'a>>,
+}
+
+/// Keys that sequences share, and those that each has behind them.
+#[derive(Clone, Copy)]
+pub struct Cascade<'a> {
+    /// The former, by groups of sequences.
+    pub shared: SharedKeys<'a>,
+    /// The page of each stretch of each sequence's own. u32 `[S, M]`
+    pub pages: &'a Tensor,
+    /// How many keys those are. u32 `[S]`
+    pub kv_len: &'a Tensor,
 }
 
 /// The residual stream of a step through a decoder-only stack, and the scratch that its layers share.
@@ -195,11 +209,13 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
         };
         ops::append(self.recorder, &step)?;
         let extents = [sequences, heads, len, head_dim];
+        let cascade = paged.and_then(|paged| paged.cascade);
+        let pages = paged.map(|paged| paged.pages);
         let tensors = Tensors {
-            kv_len: Some(self.tokens.lengths),
+            kv_len: Some(cascade.map_or(self.tokens.lengths, |own| own.kv_len)),
             q_offset: self.tokens.starts,
             weights: tap,
-            pages: paged.map(|paged| paged.pages),
+            pages: cascade.map(|own| own.pages).or(pages),
             cu_q: paged.map(|paged| paged.cu_q),
             ..Tensors::new(
                 View::packed(&self.q, extents, heads * head_dim, 0)?,
@@ -211,10 +227,17 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
         let options = Options {
             causal: true,
             window: [layer.window.map(|keys| keys - 1), None],
-            batch_invariant: paged.is_some(),
+            batch_invariant: paged.is_some() && cascade.is_none(),
             ..Default::default()
         };
-        attention::record(self.recorder, &tensors, &options)?;
+        match cascade {
+            Some(Cascade { shared, .. }) => {
+                attention::record_cascade(self.recorder, &tensors, &shared, &options)?;
+            }
+            None => {
+                attention::record(self.recorder, &tensors, &options)?;
+            }
+        }
         let mixed = self.mixed.clone();
         self.add(&mixed, &layer.out)?;
 

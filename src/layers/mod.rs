@@ -2,7 +2,7 @@
 
 mod causal;
 
-pub use causal::{CausalLayer, CausalStream, Heads, NewTokens, Paged};
+pub use causal::{Cascade, CausalLayer, CausalStream, Heads, NewTokens, Paged};
 
 use crate::Result;
 use crate::attention::{self, Options, Tensors, View};

@@ -4,9 +4,10 @@ use std::collections::HashSet;
 
 use super::causal::Pass;
 use super::{CausalModel, Chunk};
+use crate::attention::SharedKeys;
 use crate::cache::{PagedCache, PagedExtents, SequenceId, Tables};
 use crate::gpu::{DType, Recorder, Tensor};
-use crate::layers::{Heads, Paged};
+use crate::layers::{Cascade, Heads, Paged};
 use crate::{Error, Result};
 
 /// The new tokens of S sequences in pages, R in all, on the device.
@@ -15,12 +16,51 @@ pub struct PagedStep {
     /// u32 `[S + 1]`
     cu_q: Tensor,
     tables: Tables,
+    cascade: Option<CascadeStep>,
+    /// As the caller orders the sequences. u32 `[S]`
+    lengths: Tensor,
+}
+
+/// The tables of a step whose sequences share first keys.
+struct CascadeStep {
+    /// Of groups.
+    shared: Tables,
+    /// u32 `[G + 1]`
+    cu_q: Tensor,
+    /// Of each sequence's own keys.
+    own: Tables,
+}
+
+impl CascadeStep {
+    fn view(&self) -> Cascade<'_> {
+        Cascade {
+            shared: SharedKeys {
+                pages: &self.shared.pages,
+                kv_len: &self.shared.lengths,
+                cu_q: &self.cu_q,
+            },
+            pages: &self.own.pages,
+            kv_len: &self.own.lengths,
+        }
+    }
 }
 
 impl PagedStep {
+    /// A [`CausalModel::paged_step`] with the logits of every new token instead of each sequence's last: `[R, V]`, one
+    /// sequence's rows behind the other's.
+    pub(crate) fn of_all(mut self) -> PagedStep {
+        self.chunk.rows = None;
+        self
+    }
+
+    /// Whether it reads shared keys once.
+    pub fn is_cascade(&self) -> bool {
+        self.cascade.is_some()
+    }
+
     /// Positions that each sequence fills with the step. u32 `[S]`
     pub fn lengths(&self) -> &Tensor {
-        &self.tables.lengths
+        &self.lengths
     }
 }
 
@@ -93,14 +133,79 @@ impl CausalModel {
                 rows: Some(gpu.upload_u32("last rows", &[last.len() as u32], &last)?),
             },
             cu_q: gpu.upload_u32("cu_q", &[cu_q.len() as u32], &cu_q)?,
+            lengths: tables.lengths.clone(),
             tables,
+            cascade: None,
         })
     }
 
+    /// As [`CausalModel::paged_step`], but pages that sequences have in common are read once for all of them, where
+    /// that spares more bytes than merging costs. What a sequence gets is then the same but for rounding, whatever
+    /// stands beside it. Layers with windows read each sequence's own: then it is `paged_step`.
+    ///
+    /// # Errors
+    /// As [`CausalModel::paged_step`].
+    pub fn cascade_step(&self, cache: &PagedCache, new: &[(SequenceId, u32)]) -> Result<PagedStep> {
+        let spec = self.spec();
+        let groups = cache.shared(new)?;
+        let spared = groups
+            .iter()
+            .map(|(members, pages)| (members.len() - 1) * pages);
+        let spared = spared.sum::<usize>() as u64 * cache.page_bytes() / u64::from(spec.layers);
+        // Two parts of each row and head are written, and read again.
+        let rows: u64 = new.iter().map(|&(_, n)| u64::from(n)).sum();
+        let Heads {
+            heads, head_dim, ..
+        } = spec.heads;
+        let parts = 2 * 2 * 4 * rows * u64::from(heads) * u64::from(head_dim + 1);
+        if spared <= parts || spec.windows.iter().any(Option::is_some) {
+            return self.paged_step(cache, new);
+        }
+        let order: Vec<usize> = groups
+            .iter()
+            .flat_map(|(members, _)| members.clone())
+            .collect();
+        let sorted: Vec<(SequenceId, u32)> = order.iter().map(|&at| new[at]).collect();
+        let ids: Vec<SequenceId> = sorted.iter().map(|&(id, _)| id).collect();
+        let first: Vec<SequenceId> = groups
+            .iter()
+            .map(|(members, _)| new[members[0]].0)
+            .collect();
+        let pages: Vec<usize> = groups.iter().map(|&(_, pages)| pages).collect();
+        let skip: Vec<usize> = groups
+            .iter()
+            .flat_map(|(members, pages)| vec![*pages; members.len()])
+            .collect();
+        // Where each sequence's last row is, and each group's first.
+        let (mut last, mut cu_q, mut end) = (vec![0; new.len()], vec![0], 0);
+        for (members, _) in &groups {
+            for &at in members {
+                end += new[at].1;
+                last[at] = end - 1;
+            }
+            cu_q.push(end);
+        }
+        let lengths = new
+            .iter()
+            .map(|&(id, _)| cache.len(id))
+            .collect::<Result<Vec<u32>>>()?;
+        let gpu = self.gpu();
+        let n = new.len() as u32;
+        let mut step = self.paged_step(cache, &sorted)?;
+        step.chunk.rows = Some(gpu.upload_u32("last rows", &[n], &last)?);
+        step.lengths = gpu.upload_u32("lengths", &[n], &lengths)?;
+        step.cascade = Some(CascadeStep {
+            shared: cache.tables_of_first(&first, &pages)?,
+            cu_q: gpu.upload_u32("group cu_q", &[cu_q.len() as u32], &cu_q)?,
+            own: cache.tables_behind(&ids, &skip)?,
+        });
+        Ok(step)
+    }
+
     /// One ragged step: appends its tokens to the pages and writes the logits of each sequence's last one, f32
-    /// `[S, V]`. They are the same bits whatever other sequences the step holds, however a text is cut
-    /// into steps, and whatever the pages' size. Where the base of rotary positions grows with the context, it is
-    /// that of the longest that the pool holds.
+    /// `[S, V]`, or of all. But for a cascade they are the same bits whatever other sequences the step holds, however a
+    /// text is cut into steps, and whatever the pages' size. Where the base of rotary positions grows with the context,
+    /// it is that of the longest that the pool holds.
     ///
     /// # Errors
     /// [`Error::Refused`] for a cache of another model's shape, and for logits that do not hold what is written.
@@ -133,6 +238,7 @@ impl CausalModel {
             paged: Some(Paged {
                 pages: &step.tables.pages,
                 cu_q: &step.cu_q,
+                cascade: step.cascade.as_ref().map(CascadeStep::view),
             }),
         };
         self.record(recorder, pass, |ix| cache.layer(ix))

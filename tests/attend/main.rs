@@ -94,8 +94,26 @@ fn every_option_equals_the_oracle_on_every_route() {
         long.verified(arguments, 12);
         runs += 1;
     }
+    // Keys and values in blocks.
+    let wide = || {
+        let wide = Desk::new().noise("q", &[2, 4, 5, 32]);
+        wide.noise("k", &[2, 2, 40, 32]).noise("v", &[2, 2, 40, 64])
+    };
+    for storage in ["q8_0", "q4_0"] {
+        for route in ROUTES {
+            wide().verified(
+                &[&["--causal", "--kv-storage", storage][..], route].concat(),
+                40,
+            );
+            runs += 1;
+        }
+    }
     println!("{runs} runs");
-    assert_eq!(runs, 15 * 4 + 2);
+    assert_eq!(runs, 15 * 4 + 2 + 8);
+    Desk::dense().refused(
+        &["--kv-storage", "q8_0"],
+        &["--kv-storage", "q8_0 for k", "blocks of 32"],
+    );
 }
 
 #[test]

@@ -39,22 +39,8 @@ fn merged(a: &[Tensor; 2], b: &[Tensor; 2]) -> [Tensor; 2] {
     let out = gpu().empty("out", F32, a[0].shape()).unwrap();
     let lse = gpu().empty("lse", F32, a[1].shape()).unwrap();
     let mut recorder = Recorder::new(gpu());
-    merge(
-        &mut recorder,
-        Partial {
-            out: &a[0],
-            lse: &a[1],
-        },
-        Partial {
-            out: &b[0],
-            lse: &b[1],
-        },
-        Partial {
-            out: &out,
-            lse: &lse,
-        },
-    )
-    .unwrap();
+    let parts = [a, b].map(|[out, lse]| Partial { out, lse });
+    merge(&mut recorder, parts, &View::bhld(&out).unwrap(), Some(&lse)).unwrap();
     gpu().run(&recorder.finish().unwrap()).unwrap();
     [out, lse]
 }
@@ -103,12 +89,19 @@ fn partial_results_merge_into_the_whole_in_any_order() {
     let mut recorder = Recorder::new(gpu());
     let [out, lse] = &parts[0];
     let own = Partial { out, lse };
-    assert_eq!(refused(merge(&mut recorder, own, own, own)), "into.out");
+    let into = View::bhld(out).unwrap();
+    assert_eq!(refused(merge(&mut recorder, [own; 2], &into, None)), "into");
+    let fresh = gpu().empty("fresh", F32, &[2, 4, 5, 20]).unwrap();
+    let fresh = View::bhld(&fresh).unwrap();
+    assert_eq!(
+        refused(merge(&mut recorder, [own; 2], &fresh, Some(lse))),
+        "lse"
+    );
     let narrow = gpu().empty("narrow", F32, &[2, 4, 5, 8]).unwrap();
     let other = Partial { out: &narrow, lse };
     assert_eq!(
-        refused(merge(&mut recorder, own, other, own)),
-        "b of a merge"
+        refused(merge(&mut recorder, [own, other], &fresh, None)),
+        "the second part"
     );
 }
 

@@ -5,9 +5,12 @@ use std::collections::BTreeMap;
 
 use qkv::Error;
 use qkv::cache::{Keep, PagedCache, SequenceId};
-use qkv::generate::{Batch, BatchSettings, CausalSettings, Event, RequestId, Sequence};
+use qkv::generate::{
+    Batch, BatchSettings, CausalGenerator, CausalSettings, Event, RequestId, Sequence,
+};
 use qkv::gpu::{DType, Recorder};
-use qkv::model::{CausalModel, CausalSpec, RopeScaling};
+use qkv::model::{CausalModel, CausalSpec, PagedStep, RopeScaling};
+use qkv::ops::Sampling;
 
 use crate::compare::{Tolerance, compare_rows};
 use crate::maker::{make, specs};
@@ -29,20 +32,33 @@ fn pool(model: &CausalModel, types: [DType; 2], pages: u32, page_len: u32) -> Pa
 
 /// A step over the next tokens of sequences: the logits of each one's last. `[S, V]`
 fn step(model: &CausalModel, cache: &mut PagedCache, new: &[(SequenceId, &[u32])]) -> Vec<f32> {
+    step_by(model, cache, new, CausalModel::paged_step).0
+}
+
+/// The same by a step of that kind, and whether it is a cascade.
+fn step_by(
+    model: &CausalModel,
+    cache: &mut PagedCache,
+    new: &[(SequenceId, &[u32])],
+    prepare: impl Fn(&CausalModel, &PagedCache, &[(SequenceId, u32)]) -> qkv::Result<PagedStep>,
+) -> (Vec<f32>, bool) {
     let mut recorder = Recorder::new(gpu());
     let mut counts = Vec::new();
     for &(id, tokens) in new {
         cache.append(&mut recorder, id, tokens).unwrap();
         counts.push((id, tokens.len() as u32));
     }
-    let step = model.paged_step(cache, &counts).unwrap();
+    let step = prepare(model, cache, &counts).unwrap();
     let shape = [new.len() as u32, model.spec().vocab];
     let out = gpu().empty("logits", DType::F32, &shape).unwrap();
     model
         .record_paged_step(&mut recorder, cache, &step, &out)
         .unwrap();
     gpu().run(&recorder.finish().unwrap()).unwrap();
-    gpu().read_floats(&out).unwrap()
+    let lengths = gpu().read_u32(step.lengths()).unwrap();
+    let want: Vec<u32> = new.iter().map(|&(id, _)| cache.len(id).unwrap()).collect();
+    assert_eq!(lengths, want);
+    (gpu().read_floats(&out).unwrap(), step.is_cascade())
 }
 
 /// New tokens of each of three sequences by step; none where one takes no part.
@@ -106,6 +122,71 @@ fn steps_over_pages_equal_the_whole() {
         let wrong = compare_steps(&model, &other, [DType::F32; 2], 5, exact());
         assert!(wrong.is_err(), "{name}: another stack is objected to");
     }
+}
+
+/// Five texts by what they share: most of the first, less of it, nothing; and one that is told as its fork.
+fn family(vocab: u32) -> Vec<Vec<u32>> {
+    let parts = tokens(41, &[48, 6, 9, 21, 5], vocab);
+    let after = |n: usize, tail: &[u32]| [&parts[0][..n], tail].concat();
+    vec![
+        after(48, &parts[1]),
+        after(48, &parts[2]),
+        after(20, &parts[3]),
+        parts[4].clone(),
+        after(48, &parts[1]),
+    ]
+}
+
+#[test]
+fn cascades_equal_the_whole() {
+    let (mut cascades, mut steps) = (0, 0);
+    for (name, mut spec) in specs() {
+        spec.max_positions = spec.max_positions.max(80);
+        let (model, oracle) = make(gpu(), &spec, DType::F32);
+        let vocab = spec.vocab as usize;
+        for page_len in [5, 16] {
+            let pages = 5 * 80u32.div_ceil(page_len);
+            let mut cache = pool(&model, [DType::F32; 2], pages, page_len);
+            let context = (pages * page_len).min(spec.max_positions);
+            let oracle = in_context(&oracle, &spec, context as usize);
+            let texts = family(spec.vocab);
+            let want: Vec<Vec<f64>> = texts.iter().map(|text| oracle.forward(text, 1).0).collect();
+            let first = cache.start(&texts[0], Keep::default());
+            step(&model, &mut cache, &[(first, &texts[0][..48])]);
+            let mut ids = vec![first];
+            ids.extend(
+                texts[1..4]
+                    .iter()
+                    .map(|text| cache.start(text, Keep::default())),
+            );
+            ids.push(cache.fork(first).unwrap());
+            let windowed = spec.windows.iter().any(Option::is_some);
+            // The last tokens but three in a chunk, then one by one, in another order each time.
+            for round in 0..4 {
+                let mut order = [3, 1, 4, 0, 2];
+                order.rotate_left(round);
+                let new: Vec<(SequenceId, &[u32])> = order
+                    .iter()
+                    .map(|&s| {
+                        let from = cache.len(ids[s]).unwrap() as usize;
+                        (ids[s], &texts[s][from..texts[s].len() - 3 + round])
+                    })
+                    .collect();
+                let (got, cascade) = step_by(&model, &mut cache, &new, CausalModel::cascade_step);
+                assert!(!(windowed && cascade), "{name}: windows read their own");
+                steps += 1;
+                cascades += u32::from(cascade);
+                for (&s, got) in order.iter().zip(got.chunks(vocab)) {
+                    let at = cache.len(ids[s]).unwrap() as usize - 1;
+                    let want = &want[s][at * vocab..][..vocab];
+                    compare_rows("logits", got, want, vocab, exact())
+                        .unwrap_or_else(|e| panic!("{name}, pages of {page_len}, {s}: {e}"));
+                }
+            }
+        }
+    }
+    println!("{cascades} cascades in {steps} steps");
+    assert_eq!((cascades, steps), (18, 40));
 }
 
 /// A stack whose heads are whole blocks, and texts of up to 80 tokens fit.
@@ -326,6 +407,7 @@ fn batches_write_what_each_prompt_gets_alone() {
                 types: [DType::F32; 2],
                 budget,
                 max_sequences,
+                cascade: false,
             };
             let mut batch = Batch::new(&model, settings).unwrap();
             let ids: Vec<RequestId> = prompts
@@ -367,6 +449,243 @@ fn batches_write_what_each_prompt_gets_alone() {
     }
 }
 
+/// Ways to choose tokens, greedy ones among them.
+fn samplings() -> [Sampling; 5] {
+    let drawn = Sampling {
+        temperature: 1.5,
+        ..Sampling::GREEDY
+    };
+    [
+        Sampling::GREEDY,
+        drawn,
+        Sampling { top_k: 5, ..drawn },
+        Sampling {
+            top_p: 0.7,
+            min_p: 0.01,
+            repeat_penalty: 2.0,
+            ..drawn
+        },
+        Sampling {
+            repeat_penalty: 3.0,
+            ..Sampling::GREEDY
+        },
+    ]
+}
+
+#[test]
+fn each_request_is_drawn_by_its_own_rules() {
+    for (name, spec) in two() {
+        let (model, _) = make(gpu(), &spec, DType::F32);
+        let prompts = prompts(spec.vocab);
+        let rules = |ix: usize| CausalSettings {
+            sampling: samplings()[ix % 5],
+            seed: 1 << 40 | ix as u64,
+            ..CausalSettings::greedy(8 + ix as u32 % 5, vec![ix as u32])
+        };
+        let run = |there: &[usize], budget, pages| -> (Vec<Sequence>, u64) {
+            let settings = BatchSettings {
+                pages,
+                page_len: 5,
+                types: [DType::F32; 2],
+                budget,
+                max_sequences: 12,
+                cascade: false,
+            };
+            let mut batch = Batch::new(&model, settings).unwrap();
+            let ids: Vec<RequestId> = there
+                .iter()
+                .map(|&ix| batch.add(&prompts[ix], &rules(ix)))
+                .collect();
+            let got = answers(batch, budget);
+            let texts = ids.iter().map(|id| got.texts[id].clone()).collect();
+            (texts, got.preemptions)
+        };
+        let all: Vec<usize> = (0..prompts.len()).collect();
+        let alone: Vec<Sequence> = all
+            .iter()
+            .map(|&ix| run(&[ix], 64, 20).0.remove(0))
+            .collect();
+        for (ix, alone) in alone.iter().enumerate() {
+            let prompt = std::slice::from_ref(&prompts[ix]);
+            let want = generate(&model, prompt, &rules(ix)).remove(0);
+            assert_eq!(alone.tokens, want.tokens, "{name}, prompt {ix}");
+            assert!((alone.score - want.score).abs() < 1e-3, "{name}");
+        }
+        let backwards: Vec<usize> = all.iter().rev().copied().collect();
+        let mut preemptions = 0;
+        for (there, budget, pages) in [(&all, 64, 200), (&all, 9, 13), (&backwards, 16, 200)] {
+            let (texts, gave_up) = run(there, budget, pages);
+            preemptions += gave_up;
+            for (&ix, text) in there.iter().zip(&texts) {
+                assert_eq!(text.tokens, alone[ix].tokens, "{name}, prompt {ix}");
+                let bits = [text, &alone[ix]].map(|text| text.score.to_bits());
+                assert_eq!(bits[0], bits[1], "{name}, prompt {ix}");
+            }
+        }
+        assert!(preemptions > 0 || spec.windows[0].is_some(), "{name}");
+        // The rules do something: as many texts differ from greedy ones.
+        let greedy = all.iter().filter(|&&ix| {
+            let prompt = std::slice::from_ref(&prompts[ix]);
+            let plain = CausalSettings {
+                sampling: Sampling::GREEDY,
+                ..rules(ix)
+            };
+            generate(&model, prompt, &plain)[0].tokens == alone[ix].tokens
+        });
+        assert!(greedy.count() <= 5, "{name}");
+    }
+}
+
+#[test]
+fn batches_and_generators_agree_for_every_storage() {
+    let (model, _) = make(gpu(), &wide(), DType::F32);
+    let prompts = prompts(model.spec().vocab);
+    for types in [
+        [DType::F32; 2],
+        [DType::F16; 2],
+        [DType::BF16; 2],
+        [DType::Q8_0; 2],
+        [DType::Q4_0; 2],
+        [DType::Q8_0, DType::F32],
+    ] {
+        if types.contains(&DType::F16) && !gpu().caps().f16 {
+            println!("this device has no f16");
+            continue;
+        }
+        let limits = CausalSettings::greedy(8, vec![]);
+        let positions: Vec<u32> = prompts.iter().map(|p| p.len() as u32 + 7).collect();
+        let settings = BatchSettings {
+            pages: u32::MAX,
+            page_len: 4,
+            types,
+            budget: 32,
+            max_sequences: 5,
+            cascade: false,
+        };
+        let mut batch = Batch::for_texts(&model, settings, &positions).unwrap();
+        // Room for the five longest of 47, 47, 40, 35 and 29.
+        let pages = batch.cache().extents().pages;
+        assert_eq!(pages, 12 + 12 + 10 + 9 + 8);
+        let ids: Vec<RequestId> = prompts.iter().map(|p| batch.add(p, &limits)).collect();
+        let got = answers(batch, 32);
+        assert_eq!(got.preemptions, 0);
+        for (prompt, id) in prompts.iter().zip(ids) {
+            let mut alone = CausalGenerator::with_cache(&model, &[prompt], &limits, types).unwrap();
+            let bytes = alone.cache_bytes();
+            let row = |dtype: DType| dtype.bytes(&[1, 32]);
+            // Two layers of two KV heads.
+            let positions = prompt.len() as u64 + 7;
+            assert_eq!(bytes, 4 * positions * (row(types[0]) + row(types[1])));
+            assert_eq!(alone.by_ref().count(), 8);
+            assert_eq!(
+                alone.sequences()[0].tokens,
+                got.texts[&id].tokens,
+                "{types:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_request_leaves_the_others_as_they_are() {
+    let (_, spec) = two()[0].clone();
+    let (model, _) = make(gpu(), &spec, DType::F32);
+    let prompts = prompts(spec.vocab);
+    let limits = CausalSettings::greedy(9, vec![]);
+    let settings = BatchSettings {
+        pages: 40,
+        page_len: 5,
+        types: [DType::F32; 2],
+        budget: 16,
+        max_sequences: 3,
+        cascade: false,
+    };
+    let mut batch = Batch::new(&model, settings).unwrap();
+    let ids: Vec<RequestId> = prompts[..6].iter().map(|p| batch.add(p, &limits)).collect();
+    let wants: Vec<Sequence> = generate(&model, &prompts[..6], &limits);
+    let mut written = 0;
+    while written < 3 {
+        for event in batch.step().unwrap() {
+            let Event::Token { request, .. } = event else {
+                panic!("{event:?}")
+            };
+            written += u32::from(request == ids[0]);
+        }
+    }
+    // One that runs, one that waits, and both again.
+    let cut = batch.cancel(ids[0]).unwrap().unwrap();
+    assert_eq!(cut.tokens, wants[0].tokens[..3]);
+    assert!(batch.cancel(ids[5]).unwrap().unwrap().tokens.is_empty());
+    assert_eq!(batch.cancel(ids[0]).unwrap(), None);
+    assert_eq!(batch.cancel(ids[5]).unwrap(), None);
+    let mut ended = BTreeMap::new();
+    while !batch.is_empty() {
+        for event in batch.step().unwrap() {
+            if let Event::Finished { request, sequence } = event {
+                ended.insert(request, sequence.tokens);
+            }
+        }
+    }
+    assert_eq!(ended.len(), 4);
+    for ix in 1..5 {
+        assert_eq!(ended[&ids[ix]], wants[ix].tokens);
+    }
+    assert_eq!(batch.cache().used_bytes(), 0);
+}
+
+#[test]
+fn what_no_memory_holds_is_refused() {
+    let (_, spec) = two()[0].clone();
+    let caps = gpu().caps().clone();
+    let small = gpu().narrowed(qkv::gpu::Caps {
+        // Of keys of a layer, two heads of 8 columns: 20 pages of 4 positions.
+        max_binding: 20 * 4 * 2 * 8 * 4,
+        ..caps
+    });
+    let (model, _) = make(gpu(), &spec, DType::F32);
+    let (narrow, _) = make(&small, &spec, DType::F32);
+    let settings = BatchSettings {
+        pages: u32::MAX,
+        page_len: 4,
+        types: [DType::F32; 2],
+        budget: 32,
+        max_sequences: 4,
+        cascade: false,
+    };
+    let pages = |model, settings, positions: &[u32]| {
+        let batch = Batch::for_texts(model, settings, positions);
+        batch.map(|batch| batch.cache().extents().pages)
+    };
+    assert_eq!(pages(&model, settings, &[80, 79, 3]).unwrap(), 41);
+    assert_eq!(pages(&narrow, settings, &[80, 79, 3]).unwrap(), 20);
+    for (model, settings, word) in [
+        (
+            &narrow,
+            settings,
+            "is 84: it takes 21 pages of 4, and there may be 20",
+        ),
+        (
+            &model,
+            BatchSettings {
+                pages: 20,
+                ..settings
+            },
+            "there may be 20",
+        ),
+        (
+            &model,
+            BatchSettings {
+                page_len: 0,
+                ..settings
+            },
+            "page_len is 0",
+        ),
+    ] {
+        let said = pages(model, settings, &[3, 84]).unwrap_err().to_string();
+        assert!(said.contains(word), "{said}");
+    }
+}
+
 #[test]
 fn what_never_fits_is_refused_alone() {
     let (_, spec) = two()[0].clone();
@@ -377,8 +696,11 @@ fn what_never_fits_is_refused_alone() {
         types: [DType::F32; 2],
         budget: 8,
         max_sequences: 3,
+        cascade: false,
     };
     let limits = CausalSettings::greedy;
+    let mut strange = limits(2, vec![]);
+    strange.sampling.top_p = 0.0;
     let mut batch = Batch::new(&model, settings).unwrap();
     let good = tokens(10, &[12, 25, 4], spec.vocab);
     let mut kept = vec![batch.add(&good[0], &limits(5, vec![]))];
@@ -390,6 +712,7 @@ fn what_never_fits_is_refused_alone() {
         (batch.add(&[spec.vocab], &limits(2, vec![])), "vocabulary"),
         (batch.add(&[1], &limits(0, vec![])), "max_tokens"),
         (batch.add(&[1], &limits(2, vec![spec.vocab])), "end token"),
+        (batch.add(&[1], &strange), "top_p"),
     ];
     kept.push(batch.add(&good[1], &limits(6, vec![])));
     kept.push(batch.add(&good[2], &limits(5, vec![])));
@@ -461,6 +784,7 @@ fn a_step_of_a_batch_submits_once() {
         types: [DType::F32; 2],
         budget: 9,
         max_sequences: 5,
+        cascade: false,
     };
     let mut batch = Batch::new(&model, settings).unwrap();
     let limits = CausalSettings::greedy(5, vec![]);

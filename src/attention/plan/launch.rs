@@ -52,6 +52,16 @@ pub(super) struct Kernel {
     pub(super) work: u64,
 }
 
+/// Blocks of `size` rows of one KV head over so many batch rows; at least so many where they are ragged.
+pub(super) fn row_blocks(problem: &Problem, batch: u32, size: u32) -> u64 {
+    let group = problem.heads() / problem.kv_heads();
+    let rows = problem.q_len() as u64 * group as u64;
+    match problem.ragged_q {
+        true => rows / size as u64 + problem.batch as u64,
+        false => batch as u64 * rows.div_ceil(size as u64),
+    }
+}
+
 impl Planner<'_> {
     pub(super) fn group(&self) -> u32 {
         self.problem.heads() / self.problem.kv_heads()
@@ -67,13 +77,9 @@ impl Planner<'_> {
         batch * heads * self.problem.q_len() as u64
     }
 
-    /// Blocks of `size` rows over the batch rows of a part; at least so many where they are ragged.
+    /// Blocks of `size` rows over the batch rows of a part.
     pub(super) fn blocks(&self, part: Part, size: u32) -> u64 {
-        let rows = self.problem.q_len() as u64 * self.group() as u64;
-        match self.problem.ragged_q {
-            true => rows / size as u64 + self.problem.batch as u64,
-            false => (part.batch[1] - part.batch[0]) as u64 * rows.div_ceil(size as u64),
-        }
+        row_blocks(self.problem, part.batch[1] - part.batch[0], size)
     }
 
     pub(super) fn all_rows(&self) -> u64 {

@@ -1,6 +1,7 @@
 //! From a problem and a device's powers to kernels, pure: so that the choice is tested for devices that
 //! nobody here owns.
 
+mod candidate;
 mod launch;
 mod routes;
 
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use super::problem::{Params, Problem};
 use crate::gpu::{Caps, DType, Shader};
 use crate::{Error, Result};
+pub use candidate::{Candidate, Subgroups};
 use launch::Planner;
 
 /// A way to compute attention.
@@ -45,6 +47,10 @@ pub struct Launch {
 pub struct Plan {
     /// The route taken.
     pub route: Route,
+    /// What was chosen: the kernel and its sizes.
+    pub candidate: Candidate,
+    /// Whether a measurement on the device chose it, rather than the table by capabilities.
+    pub tuned: bool,
     /// The kernels, in order.
     pub launches: Vec<Launch>,
     /// Parts of the key axis.
@@ -61,8 +67,8 @@ const FEW_ROWS: u32 = 16;
 const SPLIT_AT_LEAST: u32 = 512;
 /// Keys of each part where a row's result may not depend on its neighbours.
 const INVARIANT_SPLIT: u32 = 1024;
-/// Workgroups that keep a large device busy.
-const ENOUGH_GROUPS: u32 = 256;
+/// Workgroups that keep a large device busy, and a processor, where each part costs as much as it brings.
+const ENOUGH_GROUPS: [u64; 2] = [256, 16];
 /// Threads of the kernels whose threads are numbered through.
 const THREADS: u64 = 64;
 /// Multiply-adds of one launch: a tenth of a second or so on a small device, well below any watchdog.
@@ -73,11 +79,20 @@ const TURNS: u64 = 60_000;
 /// Workgroup memory of every device.
 const WORKGROUP_MEMORY: u32 = 16_384;
 
-/// Chooses the kernels for a problem.
+/// Chooses the kernels for a problem by a table of capabilities.
 ///
 /// # Errors
 /// [`Error::Refused`] where the device cannot honour the problem, or the forced route cannot.
 pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
+    plan_with(problem, caps, None)
+}
+
+/// [`plan`] with what was measured to be the best, which is taken where the problem leaves the choice free
+/// (it has a [`Problem::bucket`]) and the candidate [`fits`](Candidate::fits) it; [`Plan::tuned`] tells.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_with(problem: &Problem, caps: &Caps, tuned: Option<Candidate>) -> Result<Plan> {
     let f16 = problem.types.contains(&DType::F16) || problem.bias_type == Some(DType::F16);
     if f16 && !caps.f16 {
         return Err(Error::refused(
@@ -86,21 +101,31 @@ pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
             "f32 or bf16: this device has no f16 in shaders",
         ));
     }
-    let route = choose_route(problem, caps)?;
+    let free = tuned.filter(|candidate| problem.is_tunable() && candidate.fits(problem, caps));
+    if let Some(Ok(mut plan)) = free.map(|candidate| lay_out(problem, caps, candidate)) {
+        plan.tuned = true;
+        return Ok(plan);
+    }
+    lay_out(problem, caps, Candidate::by_table(problem, caps)?)
+}
+
+fn lay_out(problem: &Problem, caps: &Caps, candidate: Candidate) -> Result<Plan> {
     let mut planner = Planner {
         problem,
         caps,
         parts: Vec::new(),
         k_block: 32,
         plan: Plan {
-            route,
+            route: candidate.route,
+            candidate,
+            tuned: false,
             launches: Vec::new(),
             splits: 1,
             split_len: problem.k_len(),
             scratch: 0,
         },
     };
-    match route {
+    match candidate.route {
         Route::ThreePass => planner.three_pass()?,
         Route::Prefill => planner.prefill()?,
         Route::Decode => planner.decode()?,
@@ -114,19 +139,24 @@ fn lanes(caps: &Caps) -> Option<u32> {
     Some((1 << least.ilog2()).min(32))
 }
 
+/// The lanes of a team that is a whole subgroup, of which there is one size.
+fn whole_lanes(caps: &Caps) -> Option<u32> {
+    lanes(caps).filter(|&n| n >= 8 && caps.subgroups == Some((n, n)))
+}
+
 /// Whether workgroup memory and barriers are dear, and a row of Q a lane passed on is cheap: a processor,
 /// whose teams are whole subgroups.
 fn by_lanes(caps: &Caps) -> bool {
-    caps.software && lanes(caps).is_some_and(|n| n >= 8 && caps.subgroups == Some((n, n)))
+    caps.software && whole_lanes(caps).is_some()
 }
 
-/// The longest key axis of the prefill route.
-fn prefill_keys(problem: &Problem, caps: &Caps) -> u64 {
+/// The longest key axis of `prefill`, or of `prefill_lanes` in teams of so many lanes.
+fn prefill_keys(problem: &Problem, caps: &Caps, lanes: Option<u32>) -> u64 {
     if !caps.software {
         return u64::MAX;
     }
     // A tile's turns. By lanes: its products, scores and weights.
-    if by_lanes(caps) {
+    if lanes.is_some() {
         return TURNS / (problem.head_dim() as u64 / 4 + 60) * 32;
     }
     // Staging and products for each 32 columns of D and Dv, and the rows' maxima.
@@ -138,7 +168,8 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
     let rows = problem
         .q_len()
         .saturating_mul(problem.heads() / problem.kv_heads());
-    let few = FEW_ROWS / if by_lanes(caps) { 2 } else { 1 };
+    let by_lanes = whole_lanes(caps).filter(|_| caps.software);
+    let few = FEW_ROWS / if by_lanes.is_some() { 2 } else { 1 };
     let route = match (problem.wants_weights, problem.options.route) {
         (true, None | Some(Route::ThreePass)) => Route::ThreePass,
         (true, Some(route)) => {
@@ -150,7 +181,9 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
         }
         (false, Some(route)) => route,
         (false, None) if problem.options.batch_invariant => Route::Decode,
-        (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps) => Route::Decode,
+        (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps, by_lanes) => {
+            Route::Decode
+        }
         (false, None) if rows <= few || problem.q_len() == 1 => Route::Decode,
         (false, None) => Route::Prefill,
     };

@@ -1,11 +1,8 @@
 //! The kernels of each route.
 
 use super::super::problem::Stage;
-use super::launch::{Kernel, Part, Planner, Uses};
-use super::{
-    ENOUGH_GROUPS, INVARIANT_SPLIT, SPLIT_AT_LEAST, THREADS, TURNS, WORKGROUP_MEMORY, by_lanes,
-    lanes, prefill_keys,
-};
+use super::launch::{Kernel, Planner, Uses};
+use super::{INVARIANT_SPLIT, Subgroups, THREADS, TURNS, by_lanes, prefill_keys};
 use crate::{Error, Result};
 
 impl Planner<'_> {
@@ -101,23 +98,17 @@ impl Planner<'_> {
     pub(super) fn prefill(&mut self) -> Result<()> {
         let problem = self.problem;
         let (head_dim, dv) = (problem.head_dim(), problem.value_dim());
-        let by_lanes = by_lanes(self.caps).then(|| lanes(self.caps)).flatten();
+        let candidate = self.plan.candidate;
+        let lanes = candidate.lanes(self.caps);
         // Keys of a tile, and value columns of a chunk, of which a workgroup has up to four.
-        let block_k = by_lanes.map_or(32, |lanes| 4 * lanes);
+        let block_k = lanes.map_or(32, |lanes| 4 * lanes);
         let columns = block_k;
         let chunks = dv.div_ceil(columns).min(4);
-        // More rows of many columns would take more than a second to compile.
-        let rows = problem.q_len().saturating_mul(self.group());
-        let block_q = match by_lanes {
-            Some(_) if chunks > 2 || rows <= 32 => 16,
-            Some(_) => 24,
-            None => 32,
-        };
-        let subgroups = self.caps.subgroups.is_some_and(|(least, _)| least >= 8);
+        let block_q = if lanes.is_some() { candidate.rows } else { 32 };
         // Small subgroups are Intel's, and so may be a device without any.
         let few_registers = self.caps.subgroups.is_none_or(|(least, _)| least < 32);
         self.make_parts(&["q", "k", "v", "o", "lse"])?;
-        if problem.k_len() as u64 > prefill_keys(problem, self.caps) {
+        if problem.k_len() as u64 > prefill_keys(problem, self.caps, lanes) {
             return Err(Error::refused(
                 "k",
                 format_args!("{} rows", problem.k_len()),
@@ -168,7 +159,7 @@ impl Planner<'_> {
             let mut buffers = vec!["q", "k", "v", "o"];
             buffers.extend(problem.wants_lse.then_some("lse"));
             buffers.extend(map.then_some("block_map"));
-            let shader = match by_lanes {
+            let shader = match lanes {
                 Some(lanes) => self
                     .shader("prefill_lanes", uses)
                     .with("ROWS", block_q)
@@ -176,8 +167,8 @@ impl Planner<'_> {
                     .with("V_WHOLE", dv.is_multiple_of(chunks * columns)),
                 None => self
                     .shader("prefill", uses)
-                    .with("ROWS", if chunks == 1 { 4u32 } else { 2 })
-                    .with("SUBGROUPS", subgroups)
+                    .with("ROWS", candidate.rows)
+                    .with("SUBGROUPS", candidate.subgroups == Subgroups::Maxima)
                     .with("FEW_REGISTERS", few_registers),
             };
             self.launch(
@@ -204,51 +195,12 @@ impl Planner<'_> {
         let (k_len, dv) = (problem.k_len(), problem.value_dim());
         let quads = problem.head_dim().div_ceil(4);
         let v_quads = dv.div_ceil(4);
-        let lanes = lanes(self.caps);
-        let rows = match invariant {
-            true => 8,
-            false => problem.q_len().saturating_mul(self.group()).min(8),
-        };
-        let mut at_once = rows.next_power_of_two();
-        let memory = |rows: u32| match lanes {
-            Some(lanes) => rows * (quads * 16 + 64 / lanes * 8 + 1032),
-            None => rows * (quads * 16 + 1284) + 1024,
-        };
-        // What a lane holds for so many rows and keys: O; product, score and weight of each key; the rest. A
-        // processor keeps what does not fit its registers in its nearest cache; small subgroups are
-        // Intel's, with 128 registers (8 rows spilled 37 to 312 of them there), and so may be a device
-        // without any.
-        let chunks = v_quads.div_ceil(lanes.unwrap_or(64));
-        let registers = |rows: u32, keys: u32| rows * (4 * chunks + 3 * keys + 8);
-        let room = match (self.caps.software, lanes) {
-            (true, Some(_)) => 300,
-            (_, Some(32)) => 224,
-            _ => 96,
-        };
-        let least_keys = if lanes.is_some() { 1 } else { 4 };
-        while at_once > 1
-            && (memory(at_once) > WORKGROUP_MEMORY || registers(at_once, least_keys) > room)
-        {
-            at_once /= 2;
-        }
-        // Several rows and keys share what is read; few rows would only use up registers.
-        let keys = if at_once >= 4 && registers(at_once, 4) <= room {
-            4u32
-        } else {
-            1
-        };
-        let whole = Part {
-            batch: [0, problem.batch],
-            kv: [0, problem.kv_heads()],
-        };
-        let groups = problem.kv_heads() as u64 * self.blocks(whole, at_once);
+        let candidate = self.plan.candidate;
+        let lanes = candidate.lanes(self.caps);
+        let (at_once, keys) = (candidate.rows, candidate.keys);
         let split_len = match (problem.options.splits, invariant) {
-            (Some(splits), _) => k_len.div_ceil(splits),
             (None, true) => INVARIANT_SPLIT,
-            (None, false) => {
-                let wanted = (ENOUGH_GROUPS as u64).div_ceil(groups.max(1)) as u32;
-                k_len.div_ceil(wanted.min(k_len / SPLIT_AT_LEAST).max(1))
-            }
+            _ => k_len.div_ceil(candidate.splits),
         };
         // Turns for 256 keys: queries and values of each step, and without subgroups the rows' maxima.
         let turns = match lanes {

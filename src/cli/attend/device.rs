@@ -1,8 +1,8 @@
 //! The tensors of the file on the device, and room for the results.
 
-use qkv::Result;
 use qkv::attention::{Tensors, View};
 use qkv::gpu::{DType, Gpu, Tensor};
+use qkv::{Error, Result};
 
 use super::Options;
 use super::input::{Array, Input, Layout};
@@ -46,7 +46,13 @@ fn upload<T: bytemuck::NoUninit>(
 impl OnDevice {
     pub fn new(gpu: &Gpu, input: &Input, options: &Options) -> Result<OnDevice> {
         let (storage, kv) = (options.dtype(), options.kv_dtype());
-        let operand = |name, dtype, array: &Array<f32>| {
+        let operand = |name, dtype: DType, array: &Array<f32>| {
+            let columns = array.shape[3];
+            if dtype.is_quantized() && !columns.is_multiple_of(32) {
+                let stored = format!("{} for {name} of {columns} columns", dtype.name());
+                let bound = "heads of whole blocks of 32";
+                return Err(Error::refused("--kv-storage", stored, bound));
+            }
             gpu.upload_floats(name, dtype, &array.shape, &array.values)
         };
         let extra = input.extra.iter();
@@ -77,6 +83,14 @@ impl OnDevice {
             out: gpu.empty("out", storage, &shapes.out)?,
             lse: lse.transpose()?,
             weights: weights.transpose()?,
+        })
+    }
+
+    /// Keys and values as they were given, or as quantised storage has them.
+    pub fn keys_and_values(&self, gpu: &Gpu, input: &Input) -> Result<[Vec<f32>; 2]> {
+        Ok(match self.k.dtype().is_quantized() {
+            true => [gpu.read_floats(&self.k)?, gpu.read_floats(&self.v)?],
+            false => [input.k.values.clone(), input.v.values.clone()],
         })
     }
 

@@ -62,7 +62,7 @@ pub struct Options {
     storage: Storage,
     /// How k and v are stored on the device
     #[arg(long, value_enum)]
-    kv_storage: Option<Storage>,
+    kv_storage: Option<KvStorage>,
     /// Also `lse`, the natural logarithm of each row's denominator
     #[arg(long)]
     pub lse: bool,
@@ -115,6 +115,18 @@ enum Storage {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum KvStorage {
+    F32,
+    F16,
+    Bf16,
+    /// Blocks of 32 columns with a scale
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 pub enum StageName {
     Raw,
     Softcap,
@@ -152,13 +164,26 @@ impl Storage {
     }
 }
 
+impl KvStorage {
+    fn dtype(self) -> DType {
+        match self {
+            KvStorage::F32 => DType::F32,
+            KvStorage::F16 => DType::F16,
+            KvStorage::Bf16 => DType::BF16,
+            KvStorage::Q8_0 => DType::Q8_0,
+            KvStorage::Q4_0 => DType::Q4_0,
+        }
+    }
+}
+
 impl Options {
     pub fn dtype(&self) -> DType {
         self.storage.dtype()
     }
 
     pub fn kv_dtype(&self) -> DType {
-        self.kv_storage.unwrap_or(self.storage).dtype()
+        let kv = self.kv_storage.map(KvStorage::dtype);
+        kv.unwrap_or(self.storage.dtype())
     }
 
     pub fn has_functions(&self) -> bool {

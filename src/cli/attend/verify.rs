@@ -12,9 +12,11 @@ use qkv::reference::{self, Attention, AttentionOut, Offset};
 use super::input::{Array, Input, Layout, axes};
 use super::{Answer, Options};
 
-/// What was compared, a result a line; or which rows are wrong.
+/// What was compared, a result a line; or which rows are wrong. Keys and values are those of IN or, where storage is
+/// quantised, as the device has them.
 pub fn verify(
     input: &Input,
+    keys_and_values: [&[f32]; 2],
     options: &Options,
     operator: &attention::Options,
     answer: &Answer,
@@ -24,7 +26,7 @@ pub fn verify(
     let mut out = Judge::new("out", tolerance(options.dtype()));
     let mut lse = Judge::new("lse", tolerance(DType::F32));
     let mut weights = Judge::new("weights", tolerance(DType::F32));
-    let oracle = Oracle::new(input, options, operator);
+    let oracle = Oracle::new(input, keys_and_values, options, operator);
     oracle.each_row(|at, row, want| {
         let from = row_start(&input.shapes().out, input.layout, row);
         out.row(at, &answer.out[from..][..dv as usize], &want.out);
@@ -73,7 +75,12 @@ struct Oracle<'a> {
 }
 
 impl<'a> Oracle<'a> {
-    fn new(input: &'a Input, options: &Options, operator: &'a attention::Options) -> Self {
+    fn new(
+        input: &'a Input,
+        [k, v]: [&[f32]; 2],
+        options: &Options,
+        operator: &'a attention::Options,
+    ) -> Self {
         let (storage, kv) = (options.dtype(), options.kv_dtype());
         let wide = |array: &Option<Array<f32>>| {
             let array = array.as_ref();
@@ -83,8 +90,8 @@ impl<'a> Oracle<'a> {
             input,
             operator,
             q: rounded(storage, &input.q.values),
-            k: rounded(kv, &input.k.values),
-            v: rounded(kv, &input.v.values),
+            k: rounded(kv, k),
+            v: rounded(kv, v),
             alibi: wide(&input.alibi),
             sinks: wide(&input.sinks),
         }
