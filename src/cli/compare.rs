@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use qkv::Result;
 
-use super::bench::{Entry, Report};
+use super::bench::{Entry, Facts, Report};
 use super::say;
 
 #[derive(Args)]
@@ -48,7 +48,7 @@ pub fn run(options: &Options) -> Result<()> {
     let after = Report::load(&options.after)?;
     if before.device != after.device {
         let [a, b] = [&before, &after].map(|run| &run.device);
-        let line = |d: &super::bench::Device| format!("{}, {}, {}", d.name, d.driver, d.backend);
+        let line = |d: &Facts| format!("{}, {}, {}", d.name, d.driver, d.backend);
         say(format_args!(
             "not the same device:\n  {}\n  {}\n",
             line(a),

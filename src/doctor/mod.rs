@@ -96,7 +96,8 @@ const STORAGES: [([DType; 2], &[Hard]); 5] = [
 /// # Errors
 /// [`Error::NoAdapter`], [`Error::OutOfMemory`] and [`Error::DeviceLost`]; a wrong answer is none.
 pub fn examine(wanted: Option<&str>, see: &mut dyn FnMut(&Check)) -> Result<Report> {
-    let gpu = Gpu::open(wanted)?;
+    // By the table: what was tuned is another question.
+    let gpu = Gpu::open(wanted)?.untuned();
     let claimed = gpu.caps().clone();
     let mut powers = vec![gpu.clone()];
     if claimed.subgroups.is_some() {
@@ -170,14 +171,20 @@ fn judge(gpu: &Gpu, verdict: &mut Verdict) -> Result<()> {
     let claimed = gpu.caps();
     if claimed.subgroups.is_some() && verdict.subgroups == Finding::Unknown {
         let routes = [Route::Prefill, Route::Decode];
-        let checks = run(&gpu.narrowed(claimed.without_f16()), DType::F32, routes)?;
+        let checks = run(
+            &gpu.narrowed(claimed.without_f16()).untuned(),
+            DType::F32,
+            routes,
+        )?;
         verdict.subgroups = Verdict::of(&checks).subgroups;
         gpu.alive()?;
     }
     if claimed.f16 && verdict.f16 == Finding::Unknown {
+        let left = verdict.narrow(gpu);
+        let left = left.narrowed(left.caps().clone()).untuned();
         // What loads and stores it is the same text in every fused kernel.
         let routes = [Route::ThreePass, Route::Decode];
-        let checks = run(&verdict.narrow(gpu), DType::F16, routes)?;
+        let checks = run(&left, DType::F16, routes)?;
         verdict.f16 = Verdict::of(&checks).f16;
     }
     Ok(())

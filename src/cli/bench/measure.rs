@@ -97,12 +97,12 @@ impl<'g> Inputs<'g> {
         };
         let tensors = self.views()?;
         let started = Instant::now();
-        let plan = attention::plan(&Problem::new(&tensors, &options)?, self.gpu.caps())?;
+        let plan = attention::planned_on(self.gpu, &Problem::new(&tensors, &options)?)?;
         let own = Options {
             route: None,
             ..options.clone()
         };
-        let own = attention::plan(&Problem::new(&tensors, &own)?, self.gpu.caps())?;
+        let own = attention::planned_on(self.gpu, &Problem::new(&tensors, &own)?)?;
         let words = u32::try_from(plan.scratch.max(1)).unwrap_or(u32::MAX);
         let scratch = self.gpu.empty("scratch", DType::U32, &[words])?;
         let recording = self.record(&options, &scratch)?;
@@ -110,7 +110,7 @@ impl<'g> Inputs<'g> {
         let first = started.elapsed();
         let verdict = self.verify()?;
         Ok(Way {
-            chosen: plan == own,
+            chosen: plan.launches == own.launches,
             plan,
             options,
             scratch,

@@ -15,9 +15,9 @@ use qkv::gpu::{self, Gpu, Stream, adapters};
 use qkv::{Error, Result};
 
 use super::attend::route_name;
-use super::{progress, say, write_whole};
+use super::{Device, progress, say, write_whole};
 use measure::Inputs;
-pub use report::{Device, Entry, Report};
+pub use report::{Entry, Facts, Report};
 use report::{Limits, Rates, Refused};
 use shape::{Shape, Suite};
 
@@ -108,7 +108,7 @@ impl Options {
 }
 
 /// Exit code 1 where an answer is wrong.
-pub fn run(options: &Options, device: &super::Device) -> Result<ExitCode> {
+pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
     let gpu = device.open()?;
     let work = options.work(gpu.caps().f16);
     if let Some((shape, _)) = work.iter().find(|(shape, _)| shape.f16 && !gpu.caps().f16) {
@@ -159,8 +159,8 @@ pub fn run(options: &Options, device: &super::Device) -> Result<ExitCode> {
         // The plan's choice may be one of the routes that were asked for.
         let mut seen = Vec::new();
         ways.retain(|way| {
-            let new = !seen.contains(&way.plan);
-            seen.push(way.plan.clone());
+            let new = !seen.contains(&way.plan.launches);
+            seen.push(way.plan.launches.clone());
             new
         });
         let entries = match ways.is_empty() {
@@ -195,14 +195,14 @@ fn write(path: &Path, text: String) -> Result<()> {
     })
 }
 
-fn facts(gpu: &Gpu, device: Option<&str>) -> Result<Device> {
+fn facts(gpu: &Gpu, device: Option<&str>) -> Result<Facts> {
     let adapters = adapters(device)?;
     let chosen = adapters
         .into_iter()
         .find(|adapter| adapter.chosen.is_some());
     let chosen = chosen.ok_or_else(|| Error::NoAdapter("the device is gone".into()))?;
     let caps = gpu.caps();
-    Ok(Device {
+    Ok(Facts {
         name: caps.name.clone(),
         kind: chosen.kind.into(),
         backend: chosen.backend,

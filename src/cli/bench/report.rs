@@ -15,7 +15,7 @@ pub const NOISY: f64 = 0.1;
 pub struct Report {
     /// The version of qkv that measured.
     pub qkv: String,
-    pub device: Device,
+    pub device: Facts,
     pub limits: Limits,
     pub entries: Vec<Entry>,
     /// What was not measured, and why.
@@ -23,7 +23,7 @@ pub struct Report {
 }
 
 #[derive(Serialize, Deserialize, PartialEq)]
-pub struct Device {
+pub struct Facts {
     pub name: String,
     pub kind: String,
     pub backend: String,
