@@ -147,15 +147,17 @@ mod tests {
     #[test]
     fn n_grams_go_on_as_they_did_before() {
         type Case<'a> = (&'a [u32], u32, &'a [&'a [u32]]);
-        let cases: [Case; 9] = [
+        let cases: [Case; 10] = [
             (&[], 4, &[]),
             (&[1, 2, 3], 4, &[]),
             (&[1, 2, 3, 1], 2, &[&[2, 3]]),
             // The last place first, then the last that went on otherwise.
-            (&[5, 1, 5, 2, 5, 2, 5], 1, &[&[2], &[1]]),
+            (&[5, 1, 5, 2, 5], 1, &[&[2], &[1]]),
             (&[5, 1, 8, 5, 2, 9, 5], 2, &[&[2, 9], &[1, 8]]),
             // Three tokens that are found count, not the one that stands nearer.
             (&[1, 2, 3, 7, 3, 8, 1, 2, 3], 1, &[&[7]]),
+            // So there is no other branch from fewer.
+            (&[5, 1, 5, 2, 5, 2, 5], 1, &[&[2]]),
             // It repeats itself.
             (&[4, 6, 4, 6, 4], 5, &[&[6, 4, 6, 4, 6]]),
             (&[9, 9], 3, &[&[9, 9, 9]]),
