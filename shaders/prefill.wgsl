@@ -22,14 +22,15 @@
 //
 // F16_MATH: P and V are staged as f16 and multiplied in it, four keys at a time; their sums, and all else, stay
 // in f32. Beside eager PyTorch in f16 errors are 0.45 times as large on average, 1.05 times at worst (root mean
-// square of a problem). Of the cycles that compilers estimate for f32's it takes 0.83 on navi21 and 0.92 on
-// vega10, but 1.01 on navi31, which issues two f32 operations at once, and 1.10 (D 64) and 1.25 (D 128) on DG2.
+// square of a problem); of 14,000 rows one is off by more than twice what PyTorch's same row is. Of the cycles
+// that compilers estimate for f32's it takes 0.83 on navi21 and 0.92 on vega10, but 1.01 on navi31, which issues two
+// f32 operations at once, and on DG2 1.06 (D 64) and 1.23 (D 128).
 //
-// Lost for F16_MATH: products of Q and K in f16, 8 of a lane (0.7 of f32's cycles on navi21, 0.77 on vega10, 1.12 on
-// navi31, 1.23 on DG2): beside PyTorch's 1 to 1.5 times the errors, with single rows off by up to 12 times as much
-// where scores reach 250, and still by 6 with sums of two, which save nothing; eight keys of V at a time, 1 row in
-// 500 off by more than twice as much; Q and K staged as f16 for f32 products, 1.3 to 1.5 times f32's cycles on vega10
-// and navi31.
+// Lost for F16_MATH, errors by a simulation with random operands: products of Q and K in f16, 8 of a lane (0.7 of f32's
+// cycles on navi21, 0.77 on vega10, 1.13 on navi31, 1.23 on DG2), 0.5 to 1.5 times PyTorch's errors, but up to 5 % of the
+// rows past twice its own, by a factor of 12 where scores reach 250; sums of two, which save nothing, still by 6
+// there; eight keys of V at a time, up to 9 rows in 1,000; Q and K staged as f16 for f32 products, 1.2 to 1.5 times
+// f32's cycles on vega10 and navi31.
 //
 // Lost: the products unrolled where registers are few, 42 spills on DG2 at 128 columns. On llvmpipe, where each lane's read of workgroup memory is one of its own, this kernel makes 4.4
 // GFLOP/s at 8 heads of 512 x 512, D 64, and `prefill_lanes` 47, so plans take that one there.

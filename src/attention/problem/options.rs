@@ -64,7 +64,8 @@ pub struct Options {
     /// What [`Tensors::weights`] receives.
     pub stage: Stage,
     /// Weights and values are multiplied, and four keys at a time summed, in f16; everything else stays in f32.
-    /// For Q, K and V in f16, on the prefill route. Errors stay within twice those of eager PyTorch in f16.
+    /// For Q, K and V in f16, on the prefill route. Over the rows of a head, errors stay within twice those of
+    /// eager PyTorch in f16.
     pub f16_math: bool,
     /// A row's result does not change with the rest of the batch: nothing of the plan depends on it.
     pub batch_invariant: bool,
