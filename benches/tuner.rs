@@ -106,6 +106,7 @@ fn time_all(
                 .seconds
                 .push(gpu.time(&entry.recording)?.as_secs_f64());
         }
+        entries.reverse();
         let least = |entry: &Entry| entry.seconds.iter().copied().fold(f64::INFINITY, f64::min);
         let slack = if round < 6 { 3.0 } else { 1.5 };
         let bound = slack * entries.iter().map(least).fold(f64::INFINITY, f64::min);
