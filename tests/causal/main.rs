@@ -12,6 +12,7 @@ mod gguf;
 mod grid;
 mod kernels;
 mod maker;
+mod steps;
 mod transformers;
 #[path = "../gguf/writer.rs"]
 #[expect(dead_code, reason = "no metadata of these files is an array")]
