@@ -3,14 +3,14 @@
 //!
 //! ```text
 //! QKV_MODEL="$(scripts/fetch-smollm2)" cargo bench --bench decode -- [f32 q8_0 ..] [128 4096 ..]
-//! QKV_HF_PYTHON=python3 QKV_MODEL=... cargo bench --bench decode     # beside transformers on the CPU, in turn
+//! QKV_HF_PYTHON=python3 QKV_MODEL=... cargo bench --bench decode     # beside transformers on the CPU
 //! ```
 //!
 //! A context of so many tokens is read once; the batch's sequences are forks of it, each with tokens of its own. The
 //! steps' logits are checked before anything is timed: a fork alone gives the same bits as in the batch, and a
 //! cascade the same but for rounding. Times are of whole steps: page tables, recording, the device, and the wait.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
@@ -60,11 +60,12 @@ fn main() -> qkv::Result<()> {
     let types = among(TYPES.map(|dtype| dtype.name().into()).to_vec());
     let contexts = among(CONTEXTS.map(|n| n.to_string()).to_vec());
     for (context, _) in CONTEXTS.iter().zip(contexts).filter(|(_, wanted)| *wanted) {
+        let theirs = BATCHES.map(|batch| transformers(&path, batch, *context));
         for (dtype, _) in TYPES.iter().zip(&types).filter(|(_, wanted)| **wanted) {
             if *dtype == DType::F16 && !gpu.caps().f16 {
                 continue;
             }
-            by_batch(&model, &path, *context, *dtype)?;
+            by_batch(&model, theirs, *context, *dtype)?;
         }
     }
     Ok(())
@@ -111,7 +112,12 @@ fn step(
     })
 }
 
-fn by_batch(model: &CausalModel, path: &PathBuf, context: usize, dtype: DType) -> qkv::Result<()> {
+fn by_batch(
+    model: &CausalModel,
+    theirs: [Option<f64>; BATCHES.len()],
+    context: usize,
+    dtype: DType,
+) -> qkv::Result<()> {
     let gpu = model.gpu();
     let most = BATCHES.into_iter().max().unwrap_or(1) as u32;
     let own = (2 * (STEPS as u32 + 1)).div_ceil(PAGE) + 1;
@@ -127,7 +133,7 @@ fn by_batch(model: &CausalModel, path: &PathBuf, context: usize, dtype: DType) -
         model.record_paged_step(&mut recorder, &cache, &step, &logits)?;
         gpu.run(&recorder.finish()?)?;
     }
-    for batch in BATCHES {
+    for (batch, theirs) in BATCHES.into_iter().zip(theirs) {
         let ids = (0..batch)
             .map(|_| cache.fork(base))
             .collect::<qkv::Result<Vec<_>>>()?;
@@ -151,7 +157,9 @@ fn by_batch(model: &CausalModel, path: &PathBuf, context: usize, dtype: DType) -
             .iter()
             .zip(&cascade)
             .fold(0f32, |off, (a, b)| off.max((a - b).abs()));
-        assert!(off <= 1e-3 * top, "a cascade is off by {off} of {top}");
+        // Where the step's own keys and values lie between two quants, rounding decides.
+        let allowed = if dtype.is_quantized() { 0.05 } else { 1e-3 };
+        assert!(off <= allowed * top, "a cascade is off by {off} of {top}");
 
         // In turns; a fork's own tokens grow by two a turn.
         let mut times = [Vec::new(), Vec::new()];
@@ -168,7 +176,7 @@ fn by_batch(model: &CausalModel, path: &PathBuf, context: usize, dtype: DType) -
         }
         let [plain, cascade] = times.map(median);
         let rate = |seconds: f64| batch as f64 / seconds;
-        let (theirs, ratio) = match transformers(path, batch, context) {
+        let (theirs, ratio) = match theirs {
             Some(seconds) => (
                 format!("{:.1}", rate(seconds)),
                 format!("{:.2}", seconds / plain),
@@ -215,7 +223,7 @@ fn host_us(model: &CausalModel) -> qkv::Result<f64> {
 }
 
 /// Seconds of a step in transformers on the CPU, where QKV_HF_PYTHON names a Python that has it.
-fn transformers(path: &PathBuf, batch: usize, context: usize) -> Option<f64> {
+fn transformers(path: &Path, batch: usize, context: usize) -> Option<f64> {
     let python = std::env::var_os("QKV_HF_PYTHON")?;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/decode_hf.py");
     let output = Command::new(python)
