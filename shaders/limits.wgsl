@@ -12,11 +12,10 @@ struct Params { n: u32, turns: u32, threads: u32, pad: u32 }
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let id = (group.y * groups.x + group.x) * 64u + thread;
-    if (id >= P.threads) { return; }
+    // There are as many threads as are wanted: after an early return, a processor would mask every operation.
+    let id = group.x * 64u + thread;
 {% if WORK == "multiply_adds" %}
     // One number each, so that they take one register each.
     let a = vec4<{{ T }}>(x[id].x);
@@ -34,14 +33,16 @@ fn main(
     {% for n in range(8) %}
     var s{{ n }} = vec4<{{ T }}>();
     {% endfor %}
-    for (var at = id; at < P.n; at += 8u * P.threads) {
+    for (var begin = 0u; begin < P.n; begin += 8u * P.threads) {
+        let at = begin + id;
         {% for n in range(8) %}
         s{{ n }} += x[at + {{ n }}u * P.threads];
         {% endfor %}
     }
     y[id] = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7));
 {% else %}
-    for (var at = id; at < P.n; at += 8u * P.threads) {
+    for (var begin = 0u; begin < P.n; begin += 8u * P.threads) {
+        let at = begin + id;
         {% for n in range(8) %}
         y[at + {{ n }}u * P.threads] = x[at + {{ n }}u * P.threads];
         {% endfor %}

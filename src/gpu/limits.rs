@@ -26,8 +26,8 @@ pub struct Limits {
 }
 
 /// Times each is measured at most, and seconds after which twice is enough; the fastest counts.
-const TIMES: usize = 8;
-const SECONDS: f64 = 0.3;
+const TIMES: usize = 16;
+const SECONDS: f64 = 1.0;
 
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
