@@ -13,9 +13,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use qkv::attention::{Options, Plan, Tensors, View, record};
-use qkv::gpu::{DType, Gpu, Recorder, Recording, Tensor};
+use qkv::gpu::{DType, Gpu, Recorder, Recording, Stream, Tensor};
 use qkv::reference::{self, Attention, Offset};
-use qkv::wgpu;
 
 struct Shape {
     batch: u32,
@@ -167,113 +166,16 @@ fn worst_error(gpu: &Gpu, shape: &Shape, prepared: &Prepared) -> qkv::Result<f64
     Ok(worst)
 }
 
-/// A kernel of the bench's own, to measure the device with.
-struct Probe {
-    pipeline: wgpu::ComputePipeline,
-    bind_group: wgpu::BindGroup,
-    groups: u32,
-}
-
-impl Probe {
-    fn new(gpu: &Gpu, text: &str, buffer: &Tensor, groups: u32) -> Self {
-        let device = gpu.device();
-        let descriptor = wgpu::ShaderModuleDescriptor {
-            label: None,
-            source: wgpu::ShaderSource::Wgsl(text.into()),
-        };
-        let checks = wgpu::ShaderRuntimeChecks::unchecked();
-        // SAFETY: the probes below read and write within the 64 MiB of `big`: 16,384 threads, each of
-        // which steps to 2^22 vec4s, or touches the cells of its own number and the next.
-        let module = unsafe { device.create_shader_module_trusted(descriptor, checks) };
-        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-            label: None,
-            layout: None,
-            module: &module,
-            entry_point: Some("main"),
-            compilation_options: Default::default(),
-            cache: None,
-        });
-        let bind_group = device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: None,
-            layout: &pipeline.get_bind_group_layout(0),
-            entries: &[wgpu::BindGroupEntry {
-                binding: 0,
-                resource: buffer.buffer().as_entire_binding(),
-            }],
-        });
-        Probe {
-            pipeline,
-            bind_group,
-            groups,
-        }
-    }
-
-    /// Seconds, on the host's clock.
-    fn run(&self, gpu: &Gpu) -> f64 {
-        let mut encoder = gpu.device().create_command_encoder(&Default::default());
-        let mut pass = encoder.begin_compute_pass(&Default::default());
-        pass.set_pipeline(&self.pipeline);
-        pass.set_bind_group(0, &self.bind_group, &[]);
-        pass.dispatch_workgroups(self.groups, 1, 1);
-        drop(pass);
-        let started = Instant::now();
-        gpu.queue().submit([encoder.finish()]);
-        let waited = gpu.device().poll(wgpu::PollType::wait_indefinitely());
-        waited.expect("the device answers");
-        started.elapsed().as_secs_f64()
-    }
-
-    fn best(&self, gpu: &Gpu) -> f64 {
-        self.run(gpu);
-        (0..5).map(|_| self.run(gpu)).fold(f64::INFINITY, f64::min)
-    }
-}
-
-/// 64 MiB of floats, read once by 16,384 threads, eight vec4s a turn.
-fn reads() -> String {
-    let turns = |line: &dyn Fn(usize) -> String| (0..8).map(line).collect::<String>();
-    format!(
-        "@group(0) @binding(0) var<storage, read_write> x: array<vec4<f32>>;
-@compute @workgroup_size(64) fn main(@builtin(global_invocation_id) id: vec3<u32>) {{
-    {}
-    for (var n = id.x; n < 4194304u; n += 131072u) {{ {} }}
-    let sum = {}vec4<f32>();
-    if (sum.x == 12345.0) {{ x[0] = sum; }}
-}}",
-        turns(&|n| format!("var s{n} = vec4<f32>();\n")),
-        turns(&|n| format!("s{n} += x[n + {}u];\n", n * 16_384)),
-        turns(&|n| format!("s{n} + ")),
-    )
-}
-
-/// 16 independent chains of 4096 multiply-adds a thread.
-fn multiply_adds() -> String {
-    let chains = |line: &dyn Fn(usize) -> String| (0..16).map(line).collect::<String>();
-    format!(
-        "@group(0) @binding(0) var<storage, read_write> x: array<f32>;
-@compute @workgroup_size(64) fn main(@builtin(global_invocation_id) id: vec3<u32>) {{
-    let a = x[id.x]; let b = x[id.x + 1u];
-    {}
-    for (var n = 0u; n < 4096u; n += 1u) {{ {} }}
-    x[id.x] = {}0.0;
-}}",
-        chains(&|n| format!("var c{n} = a + {n}.0;\n")),
-        chains(&|n| format!("c{n} = fma(c{n}, a, b);\n")),
-        chains(&|n| format!("c{n} + ")),
-    )
-}
-
 fn main() -> qkv::Result<()> {
     let words: Vec<String> = std::env::args()
         .skip(1)
         .filter(|word| word != "--bench")
         .collect();
-    let gpu = Gpu::new()?;
-    let big = gpu.empty("big", DType::F32, &[16 << 20])?;
-    let flush = Probe::new(&gpu, &reads(), &big, 256);
-    let bandwidth = (64 << 20) as f64 / flush.best(&gpu) / 1e9;
-    let rate = Probe::new(&gpu, &multiply_adds(), &big, 256);
-    let rate = 2.0 * 16.0 * 4096.0 * 256.0 * 64.0 / rate.best(&gpu) / 1e9;
+    let gpu = Gpu::new()?.untuned();
+    let stream = Stream::new(&gpu)?;
+    let flush = stream.reading(&gpu)?;
+    let limits = stream.limits(&gpu)?.f32;
+    let (rate, bandwidth) = (limits.flops / 1e9, limits.read / 1e9);
     println!("{}", gpu.caps().name);
     println!("limits: {rate:.1} GFLOP/s of f32 multiply-adds, {bandwidth:.2} GB/s of reads\n");
     println!(
@@ -311,7 +213,7 @@ fn main() -> qkv::Result<()> {
             let mut times = Vec::new();
             let started = Instant::now();
             while times.len() < 5 || (started.elapsed().as_secs_f64() < 2.0 && times.len() < 50) {
-                flush.run(&gpu);
+                gpu.run(&flush)?;
                 times.push(black_box(gpu.time(&prepared.recording)?).as_secs_f64());
             }
             times.sort_by(f64::total_cmp);

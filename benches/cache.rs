@@ -130,7 +130,7 @@ fn stored(gpu: &Gpu, dtype: DType, d: u32, values: &[f32]) -> qkv::Result<Vec<f6
 }
 
 fn main() -> qkv::Result<()> {
-    let gpu = Gpu::new()?;
+    let gpu = Gpu::new()?.untuned();
     println!("{}", gpu.caps().name);
     for shape in SHAPES {
         let [b, heads, kv_heads, k_len, d] = shape;
@@ -320,8 +320,11 @@ fn ragged(gpu: &Gpu) -> qkv::Result<()> {
         [1, 16],
     ];
     println!("\n8 ragged sequences in pages of {PAGE}: (new tokens, keys) {PARTS:?}");
-    println!("H,Hk,D             together ms   sum of parts ms   ratio");
-    for [heads, kv_heads, d] in [[9, 3, 64], [32, 8, 128]] {
+    println!("H,Hk,D,invariant   together ms   sum of parts ms   ratio");
+    for ([heads, kv_heads, d], batch_invariant) in [[9, 3, 64], [32, 8, 128]]
+        .into_iter()
+        .flat_map(|shape| [(shape, false), (shape, true)])
+    {
         let total: u32 = PARTS.iter().map(|[_, k]| k / PAGE).sum();
         let pool = [total, kv_heads, PAGE, d];
         let upload = |seed, name: &str, shape: [u32; 4]| {
@@ -331,6 +334,7 @@ fn ragged(gpu: &Gpu) -> qkv::Result<()> {
         let (k, v) = (upload(8, "k", pool)?, upload(9, "v", pool)?);
         let causal = Options {
             causal: true,
+            batch_invariant,
             ..Options::default()
         };
         let mut at = 0;
@@ -396,7 +400,7 @@ fn ragged(gpu: &Gpu) -> qkv::Result<()> {
         let parts: f64 = times[1..].iter().sum();
         println!(
             "{:<18}{:>12.3}{parts:>18.3}{:>8.2}",
-            format!("{heads},{kv_heads},{d}"),
+            format!("{heads},{kv_heads},{d},{batch_invariant}"),
             times[0],
             times[0] / parts
         );

@@ -83,7 +83,7 @@ fn main() -> qkv::Result<()> {
         .skip(1)
         .filter(|word| !word.starts_with('-'))
         .collect();
-    let gpu = Gpu::new()?;
+    let gpu = Gpu::new()?.untuned();
     println!("{}", gpu.caps().name);
     println!("MxKxN, storage: time, of f32's; weights read a second");
     for shape in SHAPES {

@@ -19,7 +19,7 @@ use qkv::translate::Translator;
 const SENTENCES: &str = include_str!("sentences.txt");
 
 fn main() {
-    let gpu = Gpu::new().expect("a device");
+    let gpu = Gpu::new().expect("a device").untuned();
     let started = Instant::now();
     let translator = Translator::load(&gpu, &Source::Embedded, DType::F32, &mut |_, _| {})
         .expect("the embedded model");
@@ -124,7 +124,7 @@ fn host_time(translator: &Translator, sources: &[Vec<u32>]) {
         capacity: STEPS as u32,
         head_dim: spec.width / spec.decoder.heads,
     };
-    let cache = Cache::new(gpu, model.dtype(), extents, false).expect("a cache");
+    let cache = Cache::new(gpu, [model.dtype(); 2], extents, false).expect("a cache");
     let ids = gpu
         .upload_u32("ids", &[1], &[translator.settings.start])
         .expect("ids");

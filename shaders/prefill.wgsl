@@ -20,6 +20,18 @@
 // thread's part of a tile lies in Q, K and V is worked out once: the divisions by the queries of a head, in
 // every tile, took half of DG2's cycles and a third of navi31's.
 //
+// F16_MATH: P and V are staged as f16 and multiplied in it, four keys at a time; their sums, and all else, stay
+// in f32. Beside eager PyTorch in f16 errors are 0.45 times as large on average, 1.05 times at worst (root mean
+// square of a problem); of 14,000 rows one is off by more than twice what PyTorch's same row is. Of the cycles
+// that compilers estimate for f32's it takes 0.83 on navi21 and 0.92 on vega10, but 1.01 on navi31, which issues two
+// f32 operations at once, and on DG2 1.06 (D 64) and 1.23 (D 128).
+//
+// Lost for F16_MATH, errors by a simulation with random operands: products of Q and K in f16, 8 of a lane (0.7 of f32's
+// cycles on navi21, 0.77 on vega10, 1.13 on navi31, 1.23 on DG2), 0.5 to 1.5 times PyTorch's errors, but up to 5 % of the
+// rows past twice its own, by a factor of 12 where scores reach 250; sums of two, which save nothing, still by 6
+// there; eight keys of V at a time, up to 9 rows in 1,000; Q and K staged as f16 for f32 products, 1.2 to 1.5 times
+// f32's cycles on vega10 and navi31.
+//
 // Lost: the products unrolled where registers are few, 42 spills on DG2 at 128 columns. On llvmpipe, where each lane's read of workgroup memory is one of its own, this kernel makes 4.4
 // GFLOP/s at 8 heads of 512 x 512, D 64, and `prefill_lanes` 47, so plans take that one there.
 {% if F16 %}
@@ -40,6 +52,10 @@ enable subgroups;
 {{ row_writer("o", O_TYPE, "value_dim", VEC) }}
 {% set LAW = HAS_SOFTCAP or HAS_BIAS or HAS_ALIBI or HAS_T5 or HAS_SCORE_MOD %}
 {% set BY_ELEMENT = HAS_MASK or HAS_MASK_MOD %}
+{# Where P and V are staged, and how their products come to O. #}
+{% set WG_P = "wg_p" if F16_MATH else "wg_q" %}
+{% set WG_V = "wg_v" if F16_MATH else "wg_k" %}
+{% set M = "f16" if F16_MATH else "f32" %}
 {% set EDGES = HAS_RIGHT or HAS_LEFT or HAS_PREFIX or HAS_BIAS or HAS_SCORE_MOD or BY_ELEMENT %}
 
 {# Unrolled, the products keep more than the 128 registers of Intel's threads busy: 40 spills on DG2. #}
@@ -50,8 +66,12 @@ const BLOCK_K = 32u;
 const STRIDE = 9u;   // vec4s between rows of a staged tile: 8 and one of padding
 const V_BLOCK = {{ V_CHUNKS * 32 }}u;
 
-var<workgroup> wg_q: array<vec4<f32>, 288>;   // 32 rows; then P
-var<workgroup> wg_k: array<vec4<f32>, 288>;   // 32 keys; then V
+var<workgroup> wg_q: array<vec4<f32>, 288>;   // 32 rows{{ "" if F16_MATH else "; then P" }}
+var<workgroup> wg_k: array<vec4<f32>, 288>;   // 32 keys{{ "" if F16_MATH else "; then V" }}
+{% if F16_MATH %}
+var<workgroup> wg_p: array<vec4<f16>, 288>;
+var<workgroup> wg_v: array<vec4<f16>, 288>;
+{% endif %}
 {% if not SUBGROUPS %}
 var<workgroup> wg_row: array<f32, 256>;       // 32 rows x 8 threads
 {% endif %}
@@ -177,7 +197,11 @@ fn main(
 {% endif %}
 {% for i in range(ROWS) %}
 {{ over_row("max", "", "top_" ~ i, "(ty * ROWS + " ~ i ~ "u)") }}
-        if (top_{{ i }} > m_{{ i }} + 8.0) {
+{% if F16_MATH %}
+        // Weights of at most 1 / 4, so that four products with any element of V stay below f16's largest number.
+        top_{{ i }} += 2.0;
+{% endif %}
+        if (top_{{ i }} > m_{{ i }}{{ "" if F16_MATH else " + 8.0" }}) {
             let shrink = exp2(m_{{ i }} - top_{{ i }});
             m_{{ i }} = top_{{ i }};
             l_{{ i }} *= shrink;
@@ -188,8 +212,8 @@ fn main(
         {
             let p = select(exp2(s_{{ i }} - m_{{ i }}), vec4<f32>(), s_{{ i }} <= vec4<f32>(NEVER));
             l_{{ i }} += p.x + p.y + p.z + p.w;
-            // P lies in wg_q with key tx + 8 n at column tx, component n: V is staged in that order.
-            wg_q[(ty * ROWS + {{ i }}u) * STRIDE + tx] = p;
+            // P lies with key tx + 8 n at column tx, component n: V is staged in that order.
+            {{ WG_P }}[(ty * ROWS + {{ i }}u) * STRIDE + tx] = {{ "vec4<f16>(p)" if F16_MATH else "p" }};
         }
 {% endfor %}
 
@@ -208,23 +232,29 @@ fn main(
 {% for c in range(V_CHUNKS) %}
 {% for i in range(ROWS) %}
         // Keys past the last weigh nothing, and what lies there must not matter.
-        wg_k[place + {{ i * (32 // ROWS) * 9 }}u] = select(vec4<f32>(), load_v(v_at_{{ i }}, v_from + {{ c * 32 }}u + tx * 4u), j_{{ i }} < k_last);
+        {{ WG_V }}[place + {{ i * (32 // ROWS) * 9 }}u] = {{ "vec4<f16>" if F16_MATH }}(select(vec4<f32>(), load_v(v_at_{{ i }}, v_from + {{ c * 32 }}u + tx * 4u), j_{{ i }} < k_last));
 {% endfor %}
         workgroupBarrier();
 {% for careful in ([false, true] if EDGES else [false]) %}
         {{ "if (!edge) " if EDGES and not careful }}{{ "else " if careful }}{
         for (var n = 0u; n < 8u{{ TURNS }}; n += 1u) {
 {% for i in range(ROWS) %}
-            let p_{{ i }} = wg_q[(ty * ROWS + {{ i }}u) * STRIDE + n];
+            let p_{{ i }} = {{ WG_P }}[(ty * ROWS + {{ i }}u) * STRIDE + n];
 {% endfor %}
 {% for j in range(4) %}
-            let v_{{ j }} = wg_k[(n + {{ j * 8 }}u) * STRIDE + tx];
+            let v_{{ j }} = {{ WG_V }}[(n + {{ j * 8 }}u) * STRIDE + tx];
 {% endfor %}
 {% for i in range(ROWS) %}
 {% if careful %}
 {% for j in range(4) %}
-            o_{{ i }}_{{ c }} += select(p_{{ i }}[{{ j }}] * v_{{ j }}, vec4<f32>(), p_{{ i }}[{{ j }}] == 0.0);
+            o_{{ i }}_{{ c }} += {{ "vec4<f32>" if F16_MATH }}(select(p_{{ i }}[{{ j }}] * v_{{ j }}, vec4<{{ M }}>(), p_{{ i }}[{{ j }}] == 0.0));
 {% endfor %}
+{% elif F16_MATH %}
+            var sum_{{ i }} = p_{{ i }}.x * v_0;
+{% for j in range(1, 4) %}
+            sum_{{ i }} = fma(vec4<f16>(p_{{ i }}[{{ j }}]), v_{{ j }}, sum_{{ i }});
+{% endfor %}
+            o_{{ i }}_{{ c }} += vec4<f32>(sum_{{ i }});
 {% else %}
             o_{{ i }}_{{ c }} += p_{{ i }}.x * v_0 + p_{{ i }}.y * v_1 + p_{{ i }}.z * v_2 + p_{{ i }}.w * v_3;
 {% endif %}

@@ -1,11 +1,16 @@
 //! From a prompt to what follows it: a tokenizer, a decoder-only model and its ends as one.
 
-use crate::generate::{CausalGenerator, CausalSettings};
+use std::collections::HashMap;
+
+use crate::generate::{
+    Batch, CausalGenerator, CausalSettings, DraftCounts, Drafter, Event, ModelDrafter, Ngram,
+    RequestId, Sequence, Speculative,
+};
 use crate::gguf::Gguf;
 use crate::gpu::{DType, Gpu};
 use crate::model::{CausalModel, Source};
 use crate::ops::Sampling;
-use crate::text::{ChatTemplate, LmTokenizer, Message};
+use crate::text::{ChatTemplate, LmStreaming, LmTokenizer, Message};
 use crate::{Error, Result};
 
 /// A decoder-only model, ready for texts.
@@ -18,6 +23,18 @@ pub struct Completer {
     pub model: CausalModel,
     /// Tokens that end a text or a turn.
     pub eos: Vec<u32>,
+    /// How [`Completer::complete`] stores keys and values; as activations are, if not given.
+    pub kv_types: Option<[DType; 2]>,
+    /// Where [`Completer::complete`] takes drafts from, if anywhere.
+    pub drafts: Option<Drafts>,
+}
+
+/// Who drafts the next tokens, and how many at a time.
+pub enum Drafts {
+    /// The text itself: see [`Ngram`].
+    Ngram(u32),
+    /// A smaller model of the same vocabulary: see [`ModelDrafter`].
+    Model(Box<CausalModel>, u32),
 }
 
 /// How a text goes on.
@@ -55,8 +72,18 @@ pub struct Completion {
     pub score: f32,
     /// Why it ended.
     pub end: End,
-    /// Bytes of the keys and values on the device.
+    /// Bytes of the keys and values on the device; of a batch, of all its texts together.
     pub cache_bytes: u64,
+    /// What drafts have brought, where there were any.
+    pub drafts: Option<DraftCounts>,
+}
+
+/// What is heard of a text of a batch.
+pub enum Heard {
+    /// It has a token more.
+    Token,
+    /// It has ended, or cannot be written.
+    Ended(Result<Completion>),
 }
 
 impl Completer {
@@ -100,6 +127,8 @@ impl Completer {
             template,
             model,
             eos,
+            kv_types: None,
+            drafts: None,
         })
     }
 
@@ -144,57 +173,199 @@ impl Completer {
     /// text with which one to stop at may begin is held back.
     ///
     /// # Errors
-    /// As [`CausalGenerator::new`]; [`Error::Refused`] for an empty text to stop at; what `hear` returns.
+    /// As [`CausalGenerator::new`], or with drafts as [`Speculative::new`]; [`Error::Refused`] for an empty text to
+    /// stop at, and for drafts of another vocabulary; what `hear` returns.
     pub fn complete(
         &self,
         prompt: &[u32],
         rules: &Rules,
         hear: &mut dyn FnMut(&str) -> Result<()>,
     ) -> Result<Completion> {
+        let settings = self.settings(rules)?;
+        let types = self.kv_types.unwrap_or([self.model.dtype(); 2]);
+        if let Some(drafts) = &self.drafts {
+            let mut drafted = self.drafted(drafts, prompt, &settings, types)?;
+            let mut writing = self.writing(rules);
+            let mut sequence = Sequence {
+                tokens: Vec::new(),
+                score: 0.0,
+            };
+            for next in drafted.by_ref() {
+                let (token, logprob) = next?;
+                sequence.tokens.push(token);
+                sequence.score += logprob;
+                writing.push(token, hear)?;
+                if writing.end.is_some() {
+                    break;
+                }
+            }
+            let done = writing.finish(sequence, drafted.cache_bytes(), hear)?;
+            return Ok(Completion {
+                drafts: Some(drafted.counts()),
+                ..done
+            });
+        }
+        let mut generator = CausalGenerator::with_cache(&self.model, &[prompt], &settings, types)?;
+        let mut writing = self.writing(rules);
+        for step in generator.by_ref() {
+            let Some(token) = step?.tokens[0] else { break };
+            writing.push(token, hear)?;
+            if writing.end.is_some() {
+                break;
+            }
+        }
+        let sequence = generator.sequences()[0].clone();
+        writing.finish(sequence, generator.cache_bytes(), hear)
+    }
+
+    /// Goes on with many prompts at once, in an empty batch; `hear` gets the number of the prompt that has a token
+    /// more, or has ended. What is written for a prompt does not depend on the others.
+    ///
+    /// # Errors
+    /// As [`Batch::step`]; [`Error::Refused`] for an empty text to stop at; what `hear` returns.
+    pub fn complete_batch(
+        &self,
+        batch: &mut Batch,
+        requests: &[(&[u32], Rules)],
+        hear: &mut dyn FnMut(usize, Heard) -> Result<()>,
+    ) -> Result<()> {
+        let mut open: HashMap<RequestId, (usize, Writing)> = HashMap::new();
+        for (ix, (prompt, rules)) in requests.iter().enumerate() {
+            let id = batch.add(prompt, &self.settings(rules)?);
+            open.insert(id, (ix, self.writing(rules)));
+        }
+        let bytes = batch.cache().bytes();
+        let mut quiet = |_: &str| Ok(());
+        while !batch.is_empty() {
+            for event in batch.step()? {
+                let (id, ended) = match event {
+                    Event::Token { request, token, .. } => {
+                        let Some((ix, writing)) = open.get_mut(&request) else {
+                            continue;
+                        };
+                        writing.push(token, &mut quiet)?;
+                        hear(*ix, Heard::Token)?;
+                        let stopped = matches!(writing.end, Some(End::Stop(_)));
+                        let sequence = match stopped {
+                            true => batch.cancel(request)?,
+                            false => None,
+                        };
+                        match sequence {
+                            Some(sequence) => (request, Ok(sequence)),
+                            None => continue,
+                        }
+                    }
+                    Event::Finished { request, sequence } => (request, Ok(sequence)),
+                    Event::Failed { request, error } => (request, Err(error)),
+                };
+                let Some((ix, writing)) = open.remove(&id) else {
+                    continue;
+                };
+                let done = match ended {
+                    Ok(sequence) => writing.finish(sequence, bytes, &mut quiet),
+                    Err(error) => Err(error),
+                };
+                hear(ix, Heard::Ended(done))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn drafted<'c>(
+        &'c self,
+        drafts: &'c Drafts,
+        prompt: &[u32],
+        settings: &CausalSettings,
+        types: [DType; 2],
+    ) -> Result<Speculative<'c>> {
+        let vocab = self.model.spec().vocab;
+        let drafter: Box<dyn Drafter> = match drafts {
+            &Drafts::Ngram(tokens) => Box::new(Ngram { tokens }),
+            Drafts::Model(model, tokens) => {
+                let own = model.spec().vocab;
+                if own != vocab {
+                    let bound = format!("{vocab} tokens, as the model's");
+                    return Err(Error::refused("the drafts' vocabulary", own, bound));
+                }
+                let longest = (prompt.len() as u32).saturating_add(settings.max_tokens);
+                Box::new(ModelDrafter::new(model, *tokens, longest)?)
+            }
+        };
+        Speculative::new(&self.model, prompt, settings, types, drafter)
+    }
+
+    fn settings(&self, rules: &Rules) -> Result<CausalSettings> {
         if rules.stop.iter().any(String::is_empty) {
             return Err(Error::refused("a text to stop at", "empty", "a text"));
         }
-        let settings = CausalSettings {
+        Ok(CausalSettings {
             max_tokens: rules.max_tokens,
             eos: self.eos.clone(),
             sampling: rules.sampling,
             seed: rules.seed,
-        };
-        let mut generator = CausalGenerator::new(&self.model, &[prompt], &settings)?;
-        let mut streaming = self.tokenizer.streaming();
-        let mut text = String::new();
-        // How much of it was heard.
-        let mut heard = 0;
-        let mut end = End::MaxTokens;
-        for step in generator.by_ref() {
-            let Some(token) = step?.tokens[0] else { break };
-            if self.eos.contains(&token) {
-                end = End::Token(token);
-                break;
-            }
-            text.push_str(&streaming.push(token));
-            if let Some((at, stop)) = first_stop(&text, &rules.stop) {
-                text.truncate(at);
-                end = End::Stop(stop.clone());
-                break;
-            }
-            let sure = text.len() - withheld(&text, &rules.stop);
-            hear(&text[heard..sure])?;
-            heard = sure;
+        })
+    }
+
+    fn writing<'c>(&'c self, rules: &'c Rules) -> Writing<'c> {
+        Writing {
+            eos: &self.eos,
+            stop: &rules.stop,
+            streaming: self.tokenizer.streaming(),
+            text: String::new(),
+            heard: 0,
+            end: None,
         }
-        if !matches!(end, End::Stop(_)) {
-            text.push_str(&streaming.finish());
+    }
+}
+
+/// A text as its tokens come.
+struct Writing<'c> {
+    eos: &'c [u32],
+    stop: &'c [String],
+    streaming: LmStreaming<'c>,
+    text: String,
+    /// How much of it was heard.
+    heard: usize,
+    end: Option<End>,
+}
+
+impl Writing<'_> {
+    fn push(&mut self, token: u32, hear: &mut dyn FnMut(&str) -> Result<()>) -> Result<()> {
+        if self.eos.contains(&token) {
+            self.end = Some(End::Token(token));
+            return Ok(());
         }
-        if text.len() > heard {
-            hear(&text[heard..])?;
+        self.text.push_str(&self.streaming.push(token));
+        if let Some((at, stop)) = first_stop(&self.text, self.stop) {
+            self.text.truncate(at);
+            self.end = Some(End::Stop(stop.clone()));
+            return Ok(());
         }
-        let sequence = generator.sequences()[0].clone();
+        let sure = self.text.len() - withheld(&self.text, self.stop);
+        hear(&self.text[self.heard..sure])?;
+        self.heard = sure;
+        Ok(())
+    }
+
+    fn finish(
+        mut self,
+        sequence: Sequence,
+        cache_bytes: u64,
+        hear: &mut dyn FnMut(&str) -> Result<()>,
+    ) -> Result<Completion> {
+        if !matches!(self.end, Some(End::Stop(_))) {
+            self.text.push_str(&self.streaming.finish());
+        }
+        if self.text.len() > self.heard {
+            hear(&self.text[self.heard..])?;
+        }
         Ok(Completion {
-            text,
+            text: self.text,
             tokens: sequence.tokens,
             score: sequence.score,
-            end,
-            cache_bytes: generator.cache_bytes(),
+            end: self.end.unwrap_or(End::MaxTokens),
+            cache_bytes,
+            drafts: None,
         })
     }
 }

@@ -42,6 +42,9 @@
 //! [`translate::Translator`] is the three of them together. Of decoder-only models,
 //! [`complete::Completer`] goes on with a text, greedily or by chance.
 //!
+//! Which of several kernels a plan takes is settled by a table of capabilities; [`tune`] measures instead, when
+//! it is asked to.
+//!
 //! # What holds everywhere
 //!
 //! - The law of scores: scale, softcap, bias and ALiBi, mask, then sinks in the denominator; a row that
@@ -56,6 +59,7 @@ pub mod attention;
 pub mod cache;
 #[cfg(feature = "models")]
 pub mod complete;
+pub mod doctor;
 pub mod error;
 #[cfg(feature = "models")]
 pub mod generate;
@@ -72,6 +76,7 @@ pub mod reference;
 pub mod text;
 #[cfg(feature = "models")]
 pub mod translate;
+pub mod tune;
 
 pub use error::{Error, Result};
 pub use wgpu;

@@ -28,7 +28,7 @@ fn record(recorder: &mut Recorder, [q, k, v, out]: &[Tensor; 4]) {
 
 #[test]
 fn a_recording_goes_into_a_callers_encoder_and_is_neither_submitted_nor_made_anew() {
-    let own = Gpu::new().unwrap();
+    let own = Gpu::new().unwrap().untuned();
     let gpu = Gpu::from_wgpu(own.device(), own.queue());
     let tensors = problem(&gpu);
     let mut recorder = Recorder::new(&gpu);
@@ -51,7 +51,7 @@ fn a_recording_goes_into_a_callers_encoder_and_is_neither_submitted_nor_made_ane
 
 #[test]
 fn a_variant_is_compiled_once() {
-    let gpu = Gpu::new().unwrap();
+    let gpu = Gpu::new().unwrap().untuned();
     let tensors = problem(&gpu);
     for _ in 0..3 {
         let mut recorder = Recorder::new(&gpu);
@@ -63,7 +63,7 @@ fn a_variant_is_compiled_once() {
 
 #[test]
 fn a_lost_device_is_an_error_and_no_panic() {
-    let gpu = Gpu::new().unwrap();
+    let gpu = Gpu::new().unwrap().untuned();
     let tensors = problem(&gpu);
     let mut recorder = Recorder::new(&gpu);
     record(&mut recorder, &tensors);
@@ -78,7 +78,7 @@ fn a_lost_device_is_an_error_and_no_panic() {
 
 #[test]
 fn more_memory_than_there_is_is_an_error_that_names_the_bytes() {
-    let gpu = Gpu::new().unwrap();
+    let gpu = Gpu::new().unwrap().untuned();
     let bytes = gpu.caps().max_buffer + 16;
     let rows = u32::try_from(bytes.div_ceil(4096)).unwrap();
     let error = gpu
@@ -95,7 +95,7 @@ fn more_memory_than_there_is_is_an_error_that_names_the_bytes() {
 
 #[test]
 fn bytes_are_counted_up_and_down() {
-    let gpu = Gpu::new().unwrap();
+    let gpu = Gpu::new().unwrap().untuned();
     let tensor = gpu.empty("a", DType::F32, &[1000]).unwrap();
     assert_eq!(gpu.counters().bytes, 4000);
     drop(tensor);
@@ -105,7 +105,7 @@ fn bytes_are_counted_up_and_down() {
 
 #[test]
 fn a_buffer_that_is_too_small_for_its_shape_is_refused() {
-    let gpu = Gpu::new().unwrap();
+    let gpu = Gpu::new().unwrap().untuned();
     let buffer = gpu.device().create_buffer(&wgpu::BufferDescriptor {
         label: None,
         size: 64,
@@ -158,7 +158,7 @@ fn a_device_with_default_limits_and_no_features_translates_the_same() {
     assert!(!least.caps().f16);
     assert_eq!(least.caps().workgroup_memory, 16 << 10);
     assert_eq!(least.caps().storage_buffers, 8);
-    let full = Gpu::new().unwrap();
+    let full = Gpu::new().unwrap().untuned();
     for beams in [1, 4] {
         assert_eq!(write(&least, beams), write(&full, beams));
     }
@@ -197,7 +197,10 @@ fn a_device_with_default_limits_and_no_features_goes_on_with_a_text_the_same() {
             .collect::<Vec<_>>()
     };
     let (device, queue) = least_device();
-    let (least, full) = (Gpu::from_wgpu(&device, &queue), Gpu::new().unwrap());
+    let (least, full) = (
+        Gpu::from_wgpu(&device, &queue),
+        Gpu::new().unwrap().untuned(),
+    );
     for name in ["mistral", "qwen3"] {
         assert_eq!(write(&least, name), write(&full, name));
     }

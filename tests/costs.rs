@@ -11,7 +11,11 @@ const DIM: u32 = 64;
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
+    GPU.get_or_init(|| {
+        Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned()
+    })
 }
 
 /// Queries, keys, values and output, f32 and all zeros: what they hold changes nothing of the cost.

@@ -28,7 +28,11 @@ const CANARY: f32 = 7.75;
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
+    GPU.get_or_init(|| {
+        Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned()
+    })
 }
 
 /// A matrix on the device, and its elements by column, `[N, K]`.

@@ -98,7 +98,7 @@ fn worst(got: &[f32], want: &[f64]) -> f64 {
 
 #[test]
 fn logits_states_and_attentions_equal_transformers() {
-    let gpu = Gpu::new().unwrap();
+    let gpu = Gpu::new().unwrap().untuned();
     for name in MODELS {
         let golden = Golden::new(name);
         let model = golden.model(&gpu, DType::F32);
@@ -207,7 +207,7 @@ fn wanted(golden: &Golden, name: &str, settings: &Settings) -> Vec<Vec<u32>> {
 
 #[test]
 fn greedy_and_beam_search_write_the_tokens_of_transformers() {
-    let gpu = Gpu::new().unwrap();
+    let gpu = Gpu::new().unwrap().untuned();
     for name in MODELS {
         let golden = Golden::new(name);
         let model = golden.model(&gpu, DType::F32);
@@ -240,7 +240,7 @@ const F16_ERROR: f64 = 0.005;
 
 #[test]
 fn in_f16_the_best_token_is_the_same_wherever_it_is_clearly_the_best() {
-    let gpu = Gpu::new().unwrap();
+    let gpu = Gpu::new().unwrap().untuned();
     if !gpu.caps().f16 {
         println!("this device has no f16: nothing was run");
         return;
@@ -307,7 +307,7 @@ fn settings_that_are_not_honoured_are_refused_by_name() {
 
 #[test]
 fn renormalized_scores_are_over_the_tokens_that_may_be_written() {
-    let gpu = Gpu::new().unwrap();
+    let gpu = Gpu::new().unwrap().untuned();
     let golden = Golden::new("relu");
     let model = golden.model(&gpu, DType::F32);
     let memory = model.encode(&golden.sources(), false).unwrap();

@@ -22,7 +22,9 @@ const ROUNDING: f64 = 0.001;
 fn completer() -> Option<&'static Completer> {
     static COMPLETER: OnceLock<Option<Completer>> = OnceLock::new();
     let load = || {
-        let gpu = Gpu::new().expect("a device: see scripts/with-gpu");
+        let gpu = Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned();
         let source = Source::at(smollm2()?);
         Some(Completer::load(&gpu, &source, DType::F32, &mut |_, _| {}).unwrap())
     };
@@ -162,6 +164,116 @@ fn the_program_writes_and_refuses_by_name() {
         assert!(code == Some(2) && text.is_empty(), "{text}");
         assert!(said.contains(words), "{said}");
     }
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn the_program_writes_files_of_prompts_and_takes_drafts() {
+    let Some(path) = smollm2() else { return };
+    let file = std::env::temp_dir().join(format!("qkv-smollm2-{}.txt", std::process::id()));
+    let qkv = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_qkv"));
+        command.args(["generate", "--model"]).arg(&path);
+        let output = command.args(arguments).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        (
+            output.status.code(),
+            text(&output.stdout),
+            text(&output.stderr),
+        )
+    };
+    let ids = |json: &str| -> serde_json::Value {
+        let json: serde_json::Value = serde_json::from_str(json).unwrap();
+        json["ids"].clone()
+    };
+
+    // The second prompt is the longest and ends last, the third stops; drawn, each by its own seed.
+    let prompts = ["Red, green,", "The three laws of motion are", "1, 2, 3, 4,"];
+    std::fs::write(&file, prompts.join("\n")).unwrap();
+    let batch = ["--batch", file.to_str().unwrap()];
+    let rules = [
+        "--max-tokens",
+        "5",
+        "--stop",
+        "6",
+        "--temperature",
+        "0.5",
+        "--top-k",
+        "20",
+        "--kv-cache",
+        "f16,q8_0",
+    ];
+    let small = [
+        "--seed",
+        "7",
+        "--budget",
+        "8",
+        "--page-size",
+        "3",
+        "--max-sequences",
+        "2",
+    ];
+    let (code, lines, said) = qkv(&[&batch[..], &rules, &small, &["--json"]].concat());
+    assert!(code == Some(0) && said.contains("3 texts, "), "{said}");
+    let lines: Vec<&str> = lines.lines().collect();
+    assert_eq!(lines.len(), 3);
+    let mut blocks = String::new();
+    for (n, (line, prompt)) in lines.iter().zip(prompts).enumerate() {
+        let json: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert_eq!(
+            (&json["line"], &json["prompt"]),
+            (&(n + 1).into(), &prompt.into())
+        );
+        let text = json["text"].as_str().unwrap();
+        assert!(!text.contains('6'));
+        blocks += &format!("> {prompt}\n{text}\n\n");
+        let seed = (7 + n).to_string();
+        let (_, alone, _) = qkv(&[&rules[..], &["--seed", &seed, "--json", prompt]].concat());
+        assert_eq!(ids(&alone), json["ids"], "{prompt}");
+    }
+    let (code, text, said) = qkv(&[&batch[..], &rules, &["--seed", "7"]].concat());
+    assert!(code == Some(0) && text == blocks, "{text} {said}");
+    for (arguments, words) in [
+        (
+            &["--context", "3"][..],
+            "line 1: the prompt is 4 tokens long: at most --context, 3",
+        ),
+        (
+            &["--context", "8193"],
+            "--context is 8193: 1 to the model's 8192",
+        ),
+        (&["--stop", ""], "a text to stop at is empty"),
+    ] {
+        let (code, text, said) = qkv(&[&batch[..], arguments].concat());
+        assert!(code == Some(2) && text.is_empty(), "{text}");
+        assert!(said.contains(words), "{said}");
+    }
+    std::fs::remove_file(&file).unwrap();
+
+    // The text drafts for itself, and the model does; what is written is the same.
+    let prompt = [
+        "--max-tokens",
+        "13",
+        "--json",
+        "1, 2, 3, 1, 2, 3, 1, 2, 3, 1,",
+    ];
+    let (_, plain, _) = qkv(&prompt);
+    for draft in ["ngram", path.to_str().unwrap()] {
+        let drafts = ["--draft", draft, "--draft-tokens", "3"];
+        let (code, drafted, said) = qkv(&[&drafts[..], &prompt].concat());
+        let words = "drafted tokens accepted, 2.25 a step";
+        assert!(code == Some(0) && said.contains(words), "{said}");
+        assert_eq!(ids(&drafted), ids(&plain));
+        // The prompt's token, then four a step.
+        let json: serde_json::Value = serde_json::from_str(&drafted).unwrap();
+        assert_eq!((&json["steps"], &json["accepted"]), (&4.into(), &9.into()));
+    }
+    let drawn = ["--draft", "ngram", "--temperature", "0.5", "A"];
+    let (code, _, said) = qkv(&drawn);
+    assert!(
+        code == Some(2) && said.contains("temperature is 0.5: 0"),
+        "{said}"
+    );
 }
 
 /// Every step's token behind transformers' own text, where its margin says which it must be: ten texts in a step

@@ -1,6 +1,7 @@
 // The attention problem: sizes, strides, tensors, and where each row lies. Before the include a kernel sets
 // `buffers`, a list of [name, access, element type]; they are bound in that order behind the parameters,
 // then come the optional tables, masks and biases that TABLES names, then those of the caller's functions.
+// The tables that PACKED names lie in one buffer behind them, `tables`, where `pack` has put them.
 
 struct Problem {
     batch: u32, heads: u32, q_len: u32, head_dim: u32,
@@ -31,13 +32,29 @@ struct Problem {
     k_blocks: u32,       // of the block map
     one: u32,            // 1, which no compiler knows
     pool: u32,           // pages of K and V
-    unused_0: u32, unused_1: u32,
+    // The first word of each packed table.
+    cu_q_from: u32, cu_k_from: u32, kv_len_from: u32, q_offset_from: u32, prefix_len_from: u32,
+    rows_from: u32, pages_from: u32, alibi_from: u32, t5_from: u32, sinks_from: u32,
 }
 
 @group(0) @binding(0) var<uniform> P: Problem;
-{% for name, access, element in buffers + TABLES %}
+{# The packed tables lie in scratch, and no buffer may be bound both to read alone and to write. #}
+{% set packed = namespace(access="read") %}
+{% for name, access, element in buffers if name in ["weights", "parts", "block_map"] and access == "read_write" %}
+{% set packed.access = access %}
+{% endfor %}
+{% for name, access, element in buffers + TABLES + ([["tables", packed.access, "u32"]] if PACKED else []) %}
 @group(0) @binding({{ loop.index }}) var<storage, {{ access }}> {{ name }}: array<{{ element }}>;
 {% endfor %}
+
+{# An element of a table, wherever it lies. #}
+{% macro table(name, index) -%}
+{%- for packed, access, element in PACKED if packed == name -%}
+bitcast<{{ element }}>(tables[P.{{ name }}_from + {{ index }}])
+{%- else -%}
+{{ name }}[{{ index }}]
+{%- endfor -%}
+{%- endmacro %}
 
 {# Drivers unroll loops of known length. That pays on a GPU; a processor gains nothing and compiles for
    seconds, so there the length is not known. #}
@@ -60,14 +77,14 @@ fn kv_row(b: u32) -> u32 {
 // The first query row of batch row `b`, and how many there are.
 fn q_start(b: u32) -> u32 {
 {% if RAGGED_Q %}
-    return min(cu_q[b], P.q_len);
+    return min({{ table("cu_q", "b") }}, P.q_len);
 {% else %}
     return 0u;
 {% endif %}
 }
 fn q_count(b: u32) -> u32 {
 {% if RAGGED_Q %}
-    return clamp(cu_q[b + 1u], q_start(b), P.q_len) - q_start(b);
+    return clamp({{ table("cu_q", "b + 1u") }}, q_start(b), P.q_len) - q_start(b);
 {% else %}
     return P.q_len;
 {% endif %}
@@ -76,16 +93,16 @@ fn q_count(b: u32) -> u32 {
 // The first key of batch row `kb` of K, and how many there are.
 fn k_start(kb: u32) -> u32 {
 {% if RAGGED_K %}
-    return min(cu_k[kb], P.k_len);
+    return min({{ table("cu_k", "kb") }}, P.k_len);
 {% else %}
     return 0u;
 {% endif %}
 }
 fn kv_length(kb: u32) -> u32 {
 {% if RAGGED_K %}
-    return clamp(cu_k[kb + 1u], k_start(kb), P.k_len) - k_start(kb);
+    return clamp({{ table("cu_k", "kb + 1u") }}, k_start(kb), P.k_len) - k_start(kb);
 {% elif HAS_KV_LEN %}
-    return min(kv_len[kb], P.k_len);
+    return min({{ table("kv_len", "kb") }}, P.k_len);
 {% else %}
     return P.k_len;
 {% endif %}
@@ -115,10 +132,10 @@ fn key_at(view: vec4<u32>, kb: u32, head: u32, j: u32) -> u32 {
 {% if RAGGED_K %}
     return view.x + head * view.z + (k_start(kb) + j) * view.w;
 {% elif PAGE %}
-    let page = min(pages[kb * (P.k_len / {{ PAGE }}u) + j / {{ PAGE }}u], P.pool - 1u);
+    let page = min({{ table("pages", "kb * (P.k_len / " ~ PAGE ~ "u) + j / " ~ PAGE ~ "u") }}, P.pool - 1u);
     return view.x + page * view.y + head * view.z + (j % {{ PAGE }}u) * view.w;
 {% elif HAS_ROWS %}
-    let row = min(rows[kb * P.k_len + j], P.kv_batch - 1u);
+    let row = min({{ table("rows", "kb * P.k_len + j") }}, P.kv_batch - 1u);
     return view.x + row * view.y + head * view.z + j * view.w;
 {% else %}
     return view.x + kb * view.y + head * view.z + j * view.w;

@@ -5,7 +5,7 @@
 // Where query 0 of batch row `b` stands among its `length` keys; may be negative.
 fn q_position(b: u32, length: u32) -> i32 {
 {% if POSITION == "table" %}
-    return clamp(q_offset[b], -0x20000000, 0x20000000);
+    return clamp({{ table("q_offset", "b") }}, -0x20000000, 0x20000000);
 {% elif POSITION == "top_left" %}
     return 0;
 {% else %}
@@ -25,7 +25,7 @@ fn keys_of(b: u32, position: i32, length: u32) -> Keys {
     keys.begin = u32(clamp(position - i32(P.left), 0, i32(length)));
 {% endif %}
 {% if HAS_PREFIX %}
-    keys.prefix = min(prefix_len[b], length);
+    keys.prefix = min({{ table("prefix_len", "b") }}, length);
 {% endif %}
     return keys;
 }
@@ -104,10 +104,10 @@ fn biased(x: f32, b: u32, h: u32, i: u32, j: u32, position: i32) -> f32 {
     s += added;
 {% endif %}
 {% if HAS_ALIBI %}
-    s -= alibi[h] * f32(abs(position - i32(j)));
+    s -= {{ table("alibi", "h") }} * f32(abs(position - i32(j)));
 {% endif %}
 {% if HAS_T5 %}
-    s += t5[t5_bucket(i32(j) - position) * P.heads + h];
+    s += {{ table("t5", "t5_bucket(i32(j) - position) * P.heads + h") }};
 {% endif %}
 {% if HAS_SCORE_MOD %}
     s = score_mod(s, b, h, i, j);
@@ -145,7 +145,7 @@ fn score(product: f32, keys: Keys, b: u32, h: u32, i: u32, j: u32, position: i32
 // The sink of head `h` times log2 e; NEVER where there is none.
 fn sink_of(h: u32) -> f32 {
 {% if HAS_SINKS %}
-    return select(sinks[h] * LOG2_E, NEVER, sinks[h] < NEVER);
+    return select({{ table("sinks", "h") }} * LOG2_E, NEVER, {{ table("sinks", "h") }} < NEVER);
 {% else %}
     return NEVER;
 {% endif %}

@@ -9,20 +9,58 @@ mod plan;
 mod problem;
 
 pub use cascade::{Partial, SharedKeys, merge, record_cascade};
-pub use plan::{Launch, Plan, Route, plan};
+pub use plan::{Candidate, Launch, Plan, Route, Subgroups, plan, plan_with};
 pub use problem::{
     Align, Layout, MAX_HEAD_DIM, MAX_LEN, Options, Problem, Stage, T5, Tensors, View,
 };
 
-use crate::gpu::{DType, Recorder, Slice, Tensor};
+use crate::gpu::{DType, Gpu, Recorder, Slice, Tensor};
 use crate::{Error, Result};
+
+/// The plan that [`record`] would make: what was tuned on this device ([`crate::tune`]) where it fits, else
+/// by the table of capabilities.
+///
+/// # Errors
+/// As [`plan()`].
+pub fn planned_on(gpu: &Gpu, problem: &Problem) -> Result<Plan> {
+    let tuned = || {
+        // Text, then why.
+        let choice = gpu.choice(&problem.bucket()?)?;
+        choice.split(';').next()?.parse().ok()
+    };
+    let tuned = if gpu.has_no_choices() { None } else { tuned() };
+    plan_with(problem, gpu.caps(), tuned)
+}
 
 /// Records one attention. Scratch that the plan needs is made here, once for the recording.
 ///
 /// # Errors
 /// [`Error::Refused`] for a problem that no kernel can honour.
 pub fn record(recorder: &mut Recorder, tensors: &Tensors, options: &Options) -> Result<Plan> {
-    let plan = plan(&Problem::new(tensors, options)?, recorder.gpu().caps())?;
+    let plan = planned_on(recorder.gpu(), &Problem::new(tensors, options)?)?;
+    record_own(recorder, tensors, plan)
+}
+
+/// [`record`] by a candidate, to measure it.
+///
+/// # Errors
+/// [`Error::Refused`] also for a candidate that does not fit the problem and the device.
+pub fn record_as(
+    recorder: &mut Recorder,
+    tensors: &Tensors,
+    options: &Options,
+    candidate: Candidate,
+) -> Result<Plan> {
+    let problem = Problem::new(tensors, options)?;
+    let plan = plan_with(&problem, recorder.gpu().caps(), Some(candidate))?;
+    if !plan.tuned {
+        let bound = "one that fits this problem and device";
+        return Err(Error::refused("the candidate", candidate, bound));
+    }
+    record_own(recorder, tensors, plan)
+}
+
+fn record_own(recorder: &mut Recorder, tensors: &Tensors, plan: Plan) -> Result<Plan> {
     let scratch = match plan.scratch {
         0 => None,
         words => Some(
@@ -35,7 +73,8 @@ pub fn record(recorder: &mut Recorder, tensors: &Tensors, options: &Options) -> 
 }
 
 /// [`record`] with scratch of the caller's: at least [`Plan::scratch`] words of 32 bits, which several
-/// recordings may share if they run one after the other. Ask [`plan`] how many there must be.
+/// recordings may share if they run one after the other. Ask [`plan()`] or [`planned_on`] how many there must
+/// be; a tuned choice that needs more than there are is left.
 ///
 /// # Errors
 /// [`Error::Refused`] for a problem that no kernel can honour, and for too little scratch.
@@ -45,8 +84,13 @@ pub fn record_in(
     options: &Options,
     scratch: &Tensor,
 ) -> Result<Plan> {
-    let plan = plan(&Problem::new(tensors, options)?, recorder.gpu().caps())?;
-    if scratch.buffer().size() < plan.scratch * 4 {
+    let problem = Problem::new(tensors, options)?;
+    let has = |plan: &Plan| scratch.buffer().size() >= plan.scratch * 4;
+    let mut plan = planned_on(recorder.gpu(), &problem)?;
+    if plan.tuned && !has(&plan) {
+        plan = plan::plan(&problem, recorder.gpu().caps())?;
+    }
+    if !has(&plan) {
         return Err(Error::refused(
             "scratch",
             format_args!("{} bytes", scratch.buffer().size()),
@@ -77,7 +121,7 @@ fn record_plan(
             "weights" if staged => scratch.cloned(),
             "weights" => tensors.weights.or(scratch).cloned(),
             "stage" => tensors.weights.cloned(),
-            "parts" | "block_map" => scratch.cloned(),
+            "parts" | "block_map" | "tables" => scratch.cloned(),
             "lse" => tensors.lse.cloned(),
             "kv_len" => tensors.kv_len.cloned(),
             "q_offset" => tensors.q_offset.cloned(),
@@ -109,6 +153,7 @@ fn record_plan(
             .collect();
         recorder.dispatch_slices(&launch.shader, launch.params, slices, launch.groups)?;
     }
+    tracing::debug!(candidate = %plan.candidate, tuned = plan.tuned, "attention");
     tracing::trace!(?plan, "attention");
     Ok(plan)
 }

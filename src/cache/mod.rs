@@ -6,8 +6,8 @@ mod paged;
 pub use book::{Keep, SequenceId};
 pub use paged::{PagedCache, PagedExtents, Tables};
 
-use crate::Result;
 use crate::gpu::{DType, Gpu, Tensor};
+use crate::{Error, Result};
 
 /// Keys and values of every layer, for R sequences of up to L positions.
 pub struct Cache {
@@ -39,25 +39,34 @@ pub struct Extents {
 impl Cache {
     /// Bytes of keys and values.
     pub fn bytes(&self) -> u64 {
-        let blocks = self.k.iter().chain(&self.v);
-        blocks.map(|block| block.len() * block.dtype.size()).sum()
+        self.k.iter().chain(&self.v).map(Tensor::bytes).sum()
     }
 
-    /// An empty cache; every sequence is about to write its first position.
-    pub fn new(gpu: &Gpu, dtype: DType, extents: Extents, shared_histories: bool) -> Result<Self> {
+    /// An empty cache; every sequence is about to write its first position. Keys and values are stored as `types`
+    /// says: floats, q8_0 or q4_0.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for types that the heads do not fit, [`Error::OutOfMemory`] where it does not fit.
+    pub fn new(
+        gpu: &Gpu,
+        types: [DType; 2],
+        extents: Extents,
+        shared_histories: bool,
+    ) -> Result<Self> {
         let shape = [
             extents.rows,
             extents.kv_heads,
             extents.capacity,
             extents.head_dim,
         ];
-        let block = |name| gpu.empty(name, dtype, &shape);
+        check_types(gpu, types, &shape)?;
+        let block = |name, dtype| gpu.empty(name, dtype, &shape);
         Ok(Cache {
             k: (0..extents.layers)
-                .map(|_| block("k cache"))
+                .map(|_| block("k cache", types[0]))
                 .collect::<Result<_>>()?,
             v: (0..extents.layers)
-                .map(|_| block("v cache"))
+                .map(|_| block("v cache", types[1]))
                 .collect::<Result<_>>()?,
             lengths: gpu.upload_u32("lengths", &[extents.rows], &vec![1; extents.rows as usize])?,
             rows: match shared_histories {
@@ -68,4 +77,24 @@ impl Cache {
             },
         })
     }
+}
+
+/// An error for types in which rows of a head's columns, the last of the shape, cannot be stored.
+fn check_types(gpu: &Gpu, types: [DType; 2], shape: &[u32; 4]) -> Result<()> {
+    let [_, _, _, head_dim] = *shape;
+    for dtype in types {
+        let fits = match dtype {
+            DType::F32 => true,
+            DType::F16 => gpu.caps().f16,
+            DType::BF16 => head_dim.is_multiple_of(2),
+            DType::Q8_0 | DType::Q4_0 => head_dim.is_multiple_of(32),
+            _ => false,
+        };
+        if !fits {
+            let is = format!("{} {shape:?}", dtype.name());
+            let bound = "f32, f16 where the device has it, bf16 of even heads, or q8_0 or q4_0 of heads of whole blocks of 32";
+            return Err(Error::refused("the cache's storage", is, bound));
+        }
+    }
+    Ok(())
 }

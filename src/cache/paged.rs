@@ -71,16 +71,12 @@ impl PagedCache {
             }
         }
         let shape = [pages, kv_heads, page_len, head_dim];
-        for dtype in types {
-            let fits = match dtype.is_quantized() {
-                true => head_dim.is_multiple_of(32),
-                false => dtype.is_float() && (dtype != DType::BF16 || head_dim.is_multiple_of(2)),
-            };
-            if !fits || !dtype.bytes(&shape[1..]).is_multiple_of(4) {
-                let is = format!("{} {shape:?}", dtype.name());
-                let bound = "floats in pages of whole words, bf16 of even heads, or q8_0 or q4_0 of heads of whole blocks of 32";
-                return Err(Error::refused("the cache's storage", is, bound));
-            }
+        super::check_types(gpu, types, &shape)?;
+        let whole = |dtype: &DType| dtype.bytes(&shape[1..]).is_multiple_of(4);
+        if let Some(dtype) = types.iter().find(|dtype| !whole(dtype)) {
+            let is = format!("{} {shape:?}", dtype.name());
+            let bound = "pages of whole words";
+            return Err(Error::refused("the cache's storage", is, bound));
         }
         let block = |name: &str, dtype| gpu.empty(name, dtype, &shape);
         Ok(PagedCache {

@@ -24,7 +24,7 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-fn text(adapter: &AdapterReport) -> String {
+pub fn text(adapter: &AdapterReport) -> String {
     let caps = &adapter.caps;
     let shapes: Vec<String> = caps
         .cooperative
@@ -80,7 +80,7 @@ fn text(adapter: &AdapterReport) -> String {
     lines.join("\n")
 }
 
-fn json(adapter: &AdapterReport) -> serde_json::Value {
+pub fn json(adapter: &AdapterReport) -> serde_json::Value {
     let caps = &adapter.caps;
     let shapes: Vec<serde_json::Value> = caps
         .cooperative

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use qkv::gpu::{Gpu, Tensor};
+use qkv::gpu::Tensor;
 use qkv::model::{AnyModel, Model, Padded};
 use qkv::{Error, Result};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 
-use super::{Floats, ModelOptions, load, save};
+use super::{Device, Floats, ModelOptions, load, save};
 
 #[derive(Args)]
 pub struct Options {
@@ -28,10 +28,10 @@ pub struct Options {
     attentions: bool,
 }
 
-pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
+pub fn run(options: &Options, device: &Device) -> Result<()> {
     let input = Input::load(&options.input)?;
     let sources = input.sources()?;
-    let gpu = Gpu::choose(device)?;
+    let gpu = device.open()?;
     let (source, dtype) = (options.model.source()?, options.model.dtype());
     let model = load(&gpu, |gpu, progress| {
         AnyModel::load(gpu, &source, dtype, progress)

@@ -1,12 +1,16 @@
 //! The program: arguments, progress bars and pictures; no logic of its own.
 
 mod attend;
+mod bench;
+mod compare;
 mod devices;
+mod doctor;
 mod explain;
 mod forward;
 mod generate;
 mod picture;
 mod translate;
+mod tune;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -25,6 +29,9 @@ struct Cli {
     /// QKV_DEVICE if not given
     #[arg(long, global = true)]
     device: Option<String>,
+    /// Choose kernels by the table of capabilities alone, whatever `qkv tune` has found
+    #[arg(long, global = true)]
+    no_tune: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -41,6 +48,27 @@ enum Command {
     Generate(generate::Options),
     /// List the devices, what they can do, and which one would be taken
     Devices(devices::Options),
+    /// Measure which kernels are best on this device for attention of some shapes, and save it
+    Tune(tune::Options),
+    /// Verify attention, then time it, beside the device's own measured limits
+    Bench(bench::Options),
+    /// What got faster or slower between two runs of `qkv bench --json`
+    Compare(compare::Options),
+    /// Run every kernel of the device on small hard problems beside an oracle; exit code 1 where one is wrong
+    Doctor(doctor::Options),
+}
+
+/// Which device, and whether what was measured on it counts.
+struct Device<'a> {
+    wanted: Option<&'a str>,
+    no_tune: bool,
+}
+
+impl Device<'_> {
+    fn open(&self) -> Result<Gpu> {
+        let gpu = Gpu::choose(self.wanted)?;
+        Ok(if self.no_tune { gpu.untuned() } else { gpu })
+    }
 }
 
 #[derive(Args)]
@@ -94,14 +122,21 @@ pub fn run() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
-    let device = cli.device.as_deref().filter(|device| !device.is_empty());
+    let device = &Device {
+        wanted: cli.device.as_deref().filter(|device| !device.is_empty()),
+        no_tune: cli.no_tune,
+    };
     let succeed = |()| ExitCode::SUCCESS;
     let done = match &cli.command {
         Command::Attend(options) => attend::run(options, device),
         Command::Translate(options) => translate::run(options, device).map(succeed),
         Command::Forward(options) => forward::run(options, device).map(succeed),
         Command::Generate(options) => generate::run(options, device).map(succeed),
-        Command::Devices(options) => devices::run(options, device).map(succeed),
+        Command::Devices(options) => devices::run(options, device.wanted).map(succeed),
+        Command::Tune(options) => tune::run(options, device).map(succeed),
+        Command::Bench(options) => bench::run(options, device),
+        Command::Compare(options) => compare::run(options).map(succeed),
+        Command::Doctor(options) => doctor::run(options, device.wanted),
     };
     match done {
         Ok(code) => code,

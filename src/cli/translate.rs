@@ -6,12 +6,11 @@ use std::time::Instant;
 
 use clap::Args;
 use qkv::generate::Settings;
-use qkv::gpu::Gpu;
 use qkv::text::Tokenizer;
 use qkv::translate::{Translation, Translator};
 use qkv::{Error, Result};
 
-use super::{ModelOptions, explain, load, progress, say};
+use super::{Device, ModelOptions, explain, load, progress, say};
 
 #[derive(Args)]
 pub struct Options {
@@ -59,7 +58,7 @@ struct Line {
     blank: bool,
 }
 
-pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
+pub fn run(options: &Options, device: &Device) -> Result<()> {
     let typed = options.text.is_empty() && std::io::stdin().is_terminal();
     let lines = match typed {
         true => None,
@@ -84,7 +83,7 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<()> {
         ));
     }
     let started = Instant::now();
-    let gpu = Gpu::choose(device)?;
+    let gpu = device.open()?;
     let (source, dtype) = (options.model.source()?, options.model.dtype());
     let translator = load(&gpu, |gpu, progress| {
         Translator::load(gpu, &source, dtype, progress)

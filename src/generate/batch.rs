@@ -3,11 +3,12 @@
 
 use std::collections::VecDeque;
 
+use super::causal::seen;
 use super::{CausalSettings, Sequence, read_choices};
 use crate::cache::{Keep, PagedCache, SequenceId};
 use crate::gpu::{DType, Recorder, Tensor};
 use crate::model::CausalModel;
-use crate::ops::{self, Choice};
+use crate::ops::{self, Draw};
 use crate::{Error, Result};
 
 /// What a batch may take.
@@ -69,15 +70,26 @@ struct Request {
     settings: CausalSettings,
 }
 
+impl Request {
+    fn written(&self) -> Sequence {
+        Sequence {
+            tokens: self.text[self.prompt..].to_vec(),
+            score: self.score,
+        }
+    }
+}
+
 struct Running {
     request: Request,
     cached: SequenceId,
+    /// Tokens that the step at hand computes.
+    new: u32,
 }
 
-/// Goes on with any number of prompts at once, greedily. First come, first served: each step takes a token of every
-/// running sequence, and fills its budget with chunks of prompts. Where pages run out, the youngest sequence gives
-/// its own up and is computed anew later. What is written for a prompt is the same, bit for bit, whatever stands
-/// beside it, unless [`BatchSettings::cascade`] is set.
+/// Goes on with any number of prompts at once, each by its own settings. First come, first served: each step takes a
+/// token of every running sequence, and fills its budget with chunks of prompts. Where pages run out, the youngest
+/// sequence gives its own up and is computed anew later. What is written for a prompt is the same, bit for bit,
+/// whatever stands beside it, unless [`BatchSettings::cascade`] is set.
 pub struct Batch<'m> {
     model: &'m CausalModel,
     settings: BatchSettings,
@@ -94,7 +106,10 @@ pub struct Batch<'m> {
     computed: u64,
     /// f32 `[most sequences, V]`
     logits: Tensor,
-    allowed: Tensor,
+    /// What each row is drawn by. u32 `[most sequences, 8]`
+    rules: Tensor,
+    /// A bit for each token of each row's text; only penalties ask for them. u32 `[most sequences, V / 32]`
+    seen: Tensor,
     /// u32 `[most sequences, 1, 2]`
     chosen: Tensor,
     /// Where the choice goes that the next step takes from the host.
@@ -124,13 +139,12 @@ impl<'m> Batch<'m> {
             .max_sequences
             .min(settings.budget)
             .min(settings.pages);
-        // Only what no layer sees any more may go.
-        let windows: Option<Vec<u32>> = spec.windows.iter().copied().collect();
-        let window = windows.and_then(|windows| windows.into_iter().max());
         let words = spec.vocab.div_ceil(32);
-        let all = vec![u32::MAX; 2 * words as usize];
         Ok(Batch {
-            keep: Keep { window, first: 0 },
+            keep: Keep {
+                window: window(model),
+                first: 0,
+            },
             cache,
             next: 0,
             waiting: VecDeque::new(),
@@ -139,7 +153,8 @@ impl<'m> Batch<'m> {
             preemptions: 0,
             computed: 0,
             logits: gpu.empty("logits", DType::F32, &[most, spec.vocab])?,
-            allowed: gpu.upload_u32("allowed", &[2, words], &all)?,
+            rules: gpu.empty("rules", DType::U32, &[most, 8])?,
+            seen: gpu.empty("seen", DType::U32, &[most, words])?,
             chosen: gpu.empty("chosen", DType::U32, &[most, 1, 2])?,
             ids: gpu.empty("ids", DType::U32, &[most])?,
             staging: gpu.staging(u64::from(most) * 8)?,
@@ -149,6 +164,54 @@ impl<'m> Batch<'m> {
                 ..settings
             },
         })
+    }
+
+    /// A batch with pages for as many of these texts as may run at a time, counted in positions; fewer, down to
+    /// what the longest takes, where the settings or the device's memory have fewer.
+    ///
+    /// # Errors
+    /// As [`Batch::new`]; [`Error::Refused`] for a text that the device cannot hold.
+    pub fn for_texts(
+        model: &'m CausalModel,
+        settings: BatchSettings,
+        positions: &[u32],
+    ) -> Result<Self> {
+        if settings.page_len == 0 {
+            return Err(Error::refused("page_len", 0, "at least 1"));
+        }
+        let window = window(model);
+        let pages_of = |&n: &u32| pages_of(u64::from(n), &settings, window);
+        let mut needs: Vec<u64> = positions.iter().map(pages_of).collect();
+        needs.sort_unstable_by_key(|&n| std::cmp::Reverse(n));
+        let longest = needs.first().map_or(1, |&n| n.max(1));
+        let wanted = needs.iter().take(settings.max_sequences as usize).sum();
+        // What a kernel may bind of a layer.
+        let heads = model.spec().heads;
+        let page = settings.types.map(|dtype| {
+            let bytes = dtype.bytes(&[heads.kv_heads, settings.page_len, heads.head_dim]);
+            model.gpu().caps().max_binding / bytes.max(1)
+        });
+        let most = page[0].min(page[1]).min(u64::from(settings.pages));
+        if longest > most {
+            let n = positions.iter().max().copied().unwrap_or(0);
+            let page_len = settings.page_len;
+            let bound = format!("it takes {longest} pages of {page_len}, and there may be {most}");
+            return Err(Error::refused("a text's positions", n, bound));
+        }
+        let mut pages = u64::max(wanted, longest).min(most);
+        loop {
+            let made = Batch::new(
+                model,
+                BatchSettings {
+                    pages: pages as u32,
+                    ..settings
+                },
+            );
+            match made {
+                Err(Error::OutOfMemory(_)) if pages > longest => pages = longest.max(pages / 2),
+                made => return made,
+            }
+        }
     }
 
     /// Queues a prompt behind those that are there. What is wrong with it, if anything, the next step says: see
@@ -172,13 +235,7 @@ impl<'m> Batch<'m> {
     /// Whether a request fits if it is alone; then it is done one day.
     fn check(&self, prompt: &[u32], settings: &CausalSettings) -> Result<()> {
         let spec = self.model.spec();
-        if let Some(id) = settings.eos.iter().find(|&&id| id >= spec.vocab) {
-            let bound = format!("below the vocabulary's {}", spec.vocab);
-            return Err(Error::refused("an end token", id, bound));
-        }
-        if settings.max_tokens == 0 {
-            return Err(Error::refused("max_tokens", 0, "at least 1"));
-        }
+        settings.check(spec.vocab)?;
         if prompt.is_empty() {
             return Err(Error::refused("a prompt", "empty", "a token at least"));
         }
@@ -203,16 +260,22 @@ impl<'m> Batch<'m> {
 
     /// The most pages that a text of so many positions holds at a time.
     fn pages_of(&self, positions: u64) -> u64 {
-        let page_len = u64::from(self.settings.page_len);
-        let whole = positions.div_ceil(page_len);
-        match self.keep.window {
-            // A chunk and the window before it, anywhere in their pages.
-            Some(window) => {
-                let seen = u64::from(window) - 1 + u64::from(self.settings.budget);
-                whole.min(seen.div_ceil(page_len) + 1)
-            }
-            None => whole,
+        pages_of(positions, &self.settings, self.keep.window)
+    }
+
+    /// Ends a request before its end; the answer is what is written so far, or none where it is answered already.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn cancel(&mut self, id: RequestId) -> Result<Option<Sequence>> {
+        if let Some(at) = self.running.iter().position(|row| row.request.id == id) {
+            let row = self.running.remove(at);
+            self.cache.remove(row.cached)?;
+            return Ok(Some(row.request.written()));
         }
+        let at = self.waiting.iter().position(|request| request.id == id);
+        let request = at.and_then(|at| self.waiting.remove(at));
+        Ok(request.map(|request| request.written()))
     }
 
     /// Whether all requests are answered.
@@ -266,15 +329,18 @@ impl<'m> Batch<'m> {
 
     /// The youngest running sequence waits again, before all others.
     fn suspend(&mut self) -> Result<()> {
-        if let Some(Running { request, cached }) = self.running.pop() {
+        if let Some(Running {
+            request, cached, ..
+        }) = self.running.pop()
+        {
             self.waiting.push_front(request);
             self.cache.remove(cached)?;
         }
         Ok(())
     }
 
-    /// Makes room for a step's tokens; the answer is how many each sequence has, by age.
-    fn schedule(&mut self, recorder: &mut Recorder) -> Result<Vec<(SequenceId, u32)>> {
+    /// Says how many tokens of each sequence the step computes, and makes room for them.
+    fn schedule(&mut self, recorder: &mut Recorder) -> Result<()> {
         let mut todo = Vec::with_capacity(self.running.len());
         for running in &self.running {
             let done = self.cache.len(running.cached)?;
@@ -288,17 +354,14 @@ impl<'m> Batch<'m> {
             left -= *n;
         }
         let before = self.preemptions;
-        let mut new = Vec::new();
         let mut at = 0;
         while at < self.running.len() {
-            let (n, Running { request, cached }) = (todo[at], &self.running[at]);
-            let done = self.cache.len(*cached)? as usize;
-            let tokens = &request.text[done..done + n as usize];
-            match self.cache.append(recorder, *cached, tokens) {
-                Ok(()) => {
-                    new.extend((n > 0).then_some((*cached, n)));
-                    at += 1;
-                }
+            let running = &mut self.running[at];
+            running.new = todo[at];
+            let done = self.cache.len(running.cached)? as usize;
+            let tokens = &running.request.text[done..done + running.new as usize];
+            match self.cache.append(recorder, running.cached, tokens) {
+                Ok(()) => at += 1,
                 // Those after it have taken nothing in this step.
                 Err(Error::OutOfMemory(_)) if self.running.len() > 1 => {
                     self.suspend()?;
@@ -308,7 +371,7 @@ impl<'m> Batch<'m> {
             }
         }
         if self.preemptions > before {
-            return Ok(new);
+            return Ok(());
         }
         while left > 0 && (self.running.len() as u32) < self.settings.max_sequences {
             let Some(request) = self.waiting.pop_front() else {
@@ -327,54 +390,60 @@ impl<'m> Batch<'m> {
             let n = left.min(request.text.len() as u32 - done);
             let tokens = &request.text[done as usize..][..n as usize];
             let appended = self.cache.append(recorder, cached, tokens);
-            self.running.push(Running { request, cached });
+            self.running.push(Running {
+                request,
+                cached,
+                new: n,
+            });
             appended?;
-            new.push((cached, n));
             left -= n;
         }
-        Ok(new)
+        Ok(())
     }
 
     fn advance(&mut self, events: &mut Vec<Event>) -> Result<()> {
         let (gpu, vocab) = (self.model.gpu(), self.model.spec().vocab);
         let mut recorder = Recorder::new(gpu);
-        let new = self.schedule(&mut recorder)?;
-        let n = new.len() as u32;
+        self.schedule(&mut recorder)?;
+        let rows: Vec<&Running> = self.running.iter().filter(|row| row.new > 0).collect();
+        let n = rows.len() as u32;
         let logits = self.logits.reshape_prefix(&[n, vocab]);
         let chosen = self.chosen.reshape_prefix(&[n, 1, 2]);
+        let new: Vec<(SequenceId, u32)> = rows.iter().map(|row| (row.cached, row.new)).collect();
         let step = match self.settings.cascade {
             true => self.model.cascade_step(&self.cache, &new)?,
             false => self.model.paged_step(&self.cache, &new)?,
         };
         self.model
             .record_paged_step(&mut recorder, &self.cache, &step, &logits)?;
-        let choice = Choice {
+        self.write_rules(&rows)?;
+        let settings = rows.iter().map(|row| &row.request.settings.sampling);
+        let draw = Draw {
             logits: &logits,
-            allowed: &self.allowed,
+            rules: &self.rules,
+            seen: &self.seen,
             lengths: step.lengths(),
             chosen: &chosen,
             ids: &self.ids,
-            renormalize: false,
+            top_k: settings.clone().any(|sampling| sampling.top_k > 0),
+            top_p: settings.clone().any(|sampling| sampling.top_p < 1.0),
         };
-        ops::choose(&mut recorder, choice)?;
+        ops::sample(&mut recorder, draw)?;
         recorder.copy(&chosen, self.staging.buffer(), 0);
         let recording = recorder.finish()?;
         let read = |bytes: &[u8]| read_choices(bytes, 1, vocab);
         let choices = gpu.run_and_read(&recording, &self.staging, read)?;
 
         self.computed += new.iter().map(|&(_, n)| u64::from(n)).sum::<u64>();
-        let mut choices = new.iter().zip(choices).peekable();
+        let mut choices = choices.into_iter();
         let mut running = Vec::with_capacity(self.running.len());
-        for Running {
-            mut request,
-            cached,
-        } in std::mem::take(&mut self.running)
-        {
-            let choice = choices.next_if(|((id, _), _)| *id == cached);
+        for mut row in std::mem::take(&mut self.running) {
+            let choice = (row.new > 0).then(|| choices.next()).flatten();
+            let (request, cached) = (&mut row.request, row.cached);
             let whole = self.cache.len(cached)? as usize == request.text.len();
-            let Some((_, choice)) = choice.filter(|_| whole) else {
+            let Some(choice) = choice.filter(|_| whole) else {
                 // Its prompt is not read to the end yet.
-                running.push(Running { request, cached });
+                running.push(row);
                 continue;
             };
             let id = request.id;
@@ -392,23 +461,57 @@ impl<'m> Batch<'m> {
                 token,
                 logprob,
             });
-            let written = &request.text[request.prompt..];
-            let full = written.len() == request.settings.max_tokens as usize;
-            if full || request.settings.eos.contains(&token) {
+            let written = request.text.len() - request.prompt;
+            if written == request.settings.max_tokens as usize
+                || request.settings.eos.contains(&token)
+            {
                 self.cache.remove(cached)?;
-                let sequence = Sequence {
-                    tokens: written.to_vec(),
-                    score: request.score,
-                };
                 events.push(Event::Finished {
                     request: id,
-                    sequence,
+                    sequence: request.written(),
                 });
             } else {
-                running.push(Running { request, cached });
+                running.push(row);
             }
         }
         self.running = running;
         Ok(())
+    }
+
+    /// Writes what each row of a step is drawn by.
+    fn write_rules(&self, rows: &[&Running]) -> Result<()> {
+        let gpu = self.model.gpu();
+        let rules = rows.iter().map(|row| &row.request.settings);
+        let rules: Vec<u32> = rules
+            .flat_map(|settings| settings.sampling.rules(settings.seed))
+            .collect();
+        gpu.write(&self.rules, bytemuck::cast_slice(&rules))?;
+        let penalised = |row: &&Running| row.request.settings.sampling.repeat_penalty != 1.0;
+        if !rows.iter().any(penalised) {
+            return Ok(());
+        }
+        let texts: Vec<&[u32]> = rows.iter().map(|row| &row.request.text[..]).collect();
+        let seen = seen(&texts, self.model.spec().vocab);
+        gpu.write(&self.seen, bytemuck::cast_slice(&seen))
+    }
+}
+
+/// The most keys that any layer sees, if none sees all: only what no layer sees any more may go.
+fn window(model: &CausalModel) -> Option<u32> {
+    let windows: Option<Vec<u32>> = model.spec().windows.iter().copied().collect();
+    windows.and_then(|windows| windows.into_iter().max())
+}
+
+/// The most pages that a text of so many positions holds at a time.
+fn pages_of(positions: u64, settings: &BatchSettings, window: Option<u32>) -> u64 {
+    let page_len = u64::from(settings.page_len);
+    let whole = positions.div_ceil(page_len);
+    match window {
+        // A chunk and the window before it, anywhere in their pages.
+        Some(window) => {
+            let seen = u64::from(window) - 1 + u64::from(settings.budget);
+            whole.min(seen.div_ceil(page_len) + 1)
+        }
+        None => whole,
     }
 }

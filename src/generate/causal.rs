@@ -2,7 +2,7 @@
 
 use super::{Sequence, Step, read_choices};
 use crate::gpu::{DType, Recorder, Recording, Tensor};
-use crate::model::{CausalModel, Chunk, Padded, Wanted};
+use crate::model::{CausalModel, Chunk, Padded, RopeScaling, Wanted};
 use crate::ops::{self, Choice, Draw, Sampling};
 use crate::{Error, Result};
 
@@ -15,8 +15,8 @@ pub struct CausalSettings {
     pub eos: Vec<u32>,
     /// How tokens are chosen; [`Sampling::GREEDY`] for the likeliest.
     pub sampling: Sampling,
-    /// Prompt r draws by `seed` + r and its own length alone: behind another's place or in a batch of its own it
-    /// writes the same with that seed.
+    /// Prompt r of a [`CausalGenerator`] draws by `seed` + r, a request of a [`super::Batch`] by `seed`, and by its own
+    /// length alone: in another's place or in a batch of its own it writes the same with that seed.
     pub seed: u64,
 }
 
@@ -29,6 +29,41 @@ impl CausalSettings {
             sampling: Sampling::GREEDY,
             seed: 0,
         }
+    }
+
+    /// An error for what no model of so many tokens can go by.
+    pub(super) fn check(&self, vocab: u32) -> Result<()> {
+        if let Some(id) = self.eos.iter().find(|&&id| id >= vocab) {
+            let bound = format!("below the vocabulary's {vocab}");
+            return Err(Error::refused("an end token", id, bound));
+        }
+        if self.max_tokens == 0 {
+            return Err(Error::refused("max_tokens", 0, "at least 1"));
+        }
+        self.sampling.check()
+    }
+}
+
+/// A bit for each token of each text. `[texts, V / 32 rounded up]`
+pub(super) fn seen<T: AsRef<[u32]>>(texts: &[T], vocab: u32) -> Vec<u32> {
+    let words = vocab.div_ceil(32) as usize;
+    let mut bits = vec![0; texts.len() * words];
+    for (row, text) in bits.chunks_mut(words).zip(texts) {
+        for &token in text.as_ref() {
+            row[token as usize / 32] |= 1 << (token % 32);
+        }
+    }
+    bits
+}
+
+/// An error for a model whose rotary base grows with the context: what it writes depends on how much room there is.
+pub(super) fn refuse_growing(model: &CausalModel) -> Result<()> {
+    match model.spec().rope.scaling {
+        RopeScaling::Dynamic { .. } => {
+            let bound = "one that does not grow with the context, for drafts";
+            Err(Error::refused("the rotary base", "dynamic", bound))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -50,7 +85,7 @@ pub struct CausalGenerator<'m> {
 }
 
 impl<'m> CausalGenerator<'m> {
-    /// Prepares to go on with prompts of one length or of several.
+    /// Prepares to go on with prompts of one length or of several; keys and values are stored as activations are.
     ///
     /// # Errors
     /// [`Error::Refused`] for no prompts, an empty one, tokens outside the vocabulary, and prompts that leave
@@ -61,25 +96,34 @@ impl<'m> CausalGenerator<'m> {
         prompts: &[R],
         settings: &CausalSettings,
     ) -> Result<Self> {
+        CausalGenerator::with_cache(model, prompts, settings, [model.dtype(); 2])
+    }
+
+    /// As [`CausalGenerator::new`], with keys and values stored as `types` says.
+    ///
+    /// # Errors
+    /// As [`CausalGenerator::new`]; [`Error::Refused`] for types that the model's heads do not fit.
+    pub fn with_cache<R: AsRef<[u32]>>(
+        model: &'m CausalModel,
+        prompts: &[R],
+        settings: &CausalSettings,
+        types: [DType; 2],
+    ) -> Result<Self> {
         let (gpu, spec) = (model.gpu(), model.spec());
-        if let Some(id) = settings.eos.iter().find(|&&id| id >= spec.vocab) {
-            let bound = format!("below the vocabulary's {}", spec.vocab);
-            return Err(Error::refused("an end token", id, bound));
-        }
-        settings.sampling.check()?;
+        settings.check(spec.vocab)?;
         let padded = Padded::new(prompts, 0);
         let room = spec.max_positions.saturating_sub(padded.len) as u64 + 1;
-        if settings.max_tokens == 0 || settings.max_tokens as u64 > room {
+        if settings.max_tokens as u64 > room {
             let (most, longest) = (spec.max_positions, padded.len);
             let bound = format!(
-                "at least 1, and within the model's {most} positions behind the longest prompt's {longest}"
+                "within the model's {most} positions behind the longest prompt's {longest}"
             );
             return Err(Error::refused("max_tokens", settings.max_tokens, bound));
         }
         let n = padded.lengths.len() as u32;
         let chunk = model.chunk(&padded, &vec![0; n as usize], Wanted::Last)?;
         // The last token is written nowhere.
-        let cache = model.cache(n, padded.len + settings.max_tokens - 1)?;
+        let cache = model.cache(types, n, padded.len + settings.max_tokens - 1)?;
         gpu.write(&cache.lengths, bytemuck::cast_slice(&padded.lengths))?;
         let ids = gpu.empty("ids", DType::U32, &[n])?;
         let logits = gpu.empty("logits", DType::F32, &[n, spec.vocab])?;
@@ -95,15 +139,7 @@ impl<'m> CausalGenerator<'m> {
         // The plain kernel finds the likeliest of logits as they are.
         let chance = temperature > 0.0 || repeat_penalty != 1.0;
         let bits = match chance {
-            true => {
-                let mut seen = vec![0u32; (n * words) as usize];
-                for (row, prompt) in prompts.iter().enumerate() {
-                    for &token in prompt.as_ref() {
-                        seen[row * words as usize + token as usize / 32] |= 1 << (token % 32);
-                    }
-                }
-                gpu.upload_u32("seen", &[n, words], &seen)?
-            }
+            true => gpu.upload_u32("seen", &[n, words], &seen(prompts, spec.vocab))?,
             false => {
                 let all = vec![u32::MAX; 2 * words as usize];
                 gpu.upload_u32("allowed", &[2, words], &all)?

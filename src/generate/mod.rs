@@ -1,13 +1,18 @@
-//! Generation, a step at a time: greedy and beam search.
+//! Generation, a step at a time: greedy, by chance, by beam search, and from drafts.
 
 mod batch;
 mod beam;
 mod causal;
+mod draft;
+mod greedy;
 mod settings;
+mod speculative;
 
 pub use batch::{Batch, BatchSettings, Event, RequestId};
 pub use causal::{CausalGenerator, CausalSettings};
+pub use draft::{Drafter, ModelDrafter, Ngram};
 pub use settings::{EarlyStopping, MAX_BEAMS, Settings};
+pub use speculative::{DraftCounts, Speculative};
 
 use crate::cache::{Cache, Extents};
 use crate::gpu::{DType, Recorder, Recording, Tensor};
@@ -70,7 +75,7 @@ impl<'m> Generator<'m> {
             capacity: settings.max_tokens,
             head_dim: spec.width / spec.decoder.heads,
         };
-        let cache = Cache::new(gpu, model.dtype(), extents, beams > 1)?;
+        let cache = Cache::new(gpu, [model.dtype(); 2], extents, beams > 1)?;
         let ids = gpu.upload_u32("ids", &[rows], &vec![settings.start; rows as usize])?;
         let logits = gpu.empty("logits", DType::F32, &[rows, spec.target_vocab])?;
         let chosen = gpu.empty("chosen", DType::U32, &[rows, settings.candidates(), 2])?;

@@ -15,6 +15,11 @@ pub struct CoopShape {
     pub cr: String,
 }
 
+/// Subgroups of a workgroup of kernels on cooperative matrices, and its workgroup memory: what every device
+/// with such matrices has.
+pub(crate) const MATRIX_SUBGROUPS: u32 = 4;
+const MATRIX_MEMORY: u32 = 32 << 10;
+
 /// The powers and limits of a device. Sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caps {
@@ -26,8 +31,8 @@ pub struct Caps {
     pub subgroups: Option<(u32, u32)>,
     /// Cooperative-matrix shapes that kernels may use: none where a check of them failed.
     pub cooperative: Vec<CoopShape>,
-    /// Whether kernels for these shapes compute with plain loops instead, so that they are tested on devices
-    /// without such matrices.
+    /// Whether kernels for these shapes compute with plain loops instead, which any device with `f16` and
+    /// subgroups can: slower than its other kernels, and how they are tested where there are no matrices.
     pub plain_matrices: bool,
     /// Timestamps at the edges of compute passes.
     pub timestamps: bool,
@@ -80,6 +85,28 @@ impl Caps {
             storage_align: limits.min_storage_buffer_offset_alignment,
             software: info.device_type == wgpu::DeviceType::Cpu,
         }
+    }
+
+    /// Rows of the square cooperative matrices that kernels use, with operands in `f16` and sums in f32; `None`
+    /// where the device reports none of a size that WGSL can name, or lacks what else those kernels need. A
+    /// processor's matrices are no faster than its lanes.
+    pub(crate) fn matrices(&self) -> Option<u32> {
+        let (least, most) = self.subgroups?;
+        let lanes = if self.plain_matrices { 32 } else { most };
+        let able = self.f16
+            && least >= 4
+            && (16..=64).contains(&lanes)
+            && lanes.is_power_of_two()
+            && MATRIX_SUBGROUPS * lanes <= self.invocations
+            && MATRIX_MEMORY <= self.workgroup_memory
+            && (!self.software || self.plain_matrices);
+        let square = |m: u32| {
+            let mut shapes = self.cooperative.iter();
+            shapes.any(|shape| {
+                [shape.m, shape.n, shape.k] == [m; 3] && shape.ab == "f16" && shape.cr == "f32"
+            })
+        };
+        [16, 8].into_iter().find(|&m| able && square(m))
     }
 
     /// These powers without `f16`.

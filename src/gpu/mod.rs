@@ -4,6 +4,8 @@
 mod adapter;
 pub mod blocks;
 mod caps;
+mod choices;
+mod limits;
 mod pipeline_cache;
 mod recorder;
 mod shader;
@@ -15,11 +17,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use adapter::{AdapterReport, DEVICE_VARIABLE, adapters};
+pub(crate) use caps::MATRIX_SUBGROUPS;
 pub use caps::{Caps, CoopShape};
+pub use limits::{Limits, Rates, Stream};
+pub(crate) use pipeline_cache::{checksum, replace_file};
 pub(crate) use recorder::Slice;
 pub use recorder::{Recorder, Recording};
-pub(crate) use shader::is_reserved;
 pub use shader::{Constant, Shader, templates};
+pub(crate) use shader::{fingerprint, is_reserved};
 pub use stats::Counters;
 pub(crate) use tensor::wgsl_type;
 pub use tensor::{DType, Tensor};
@@ -38,7 +43,8 @@ struct Inner {
     caps: Caps,
     templates: minijinja::Environment<'static>,
     pipelines: Mutex<HashMap<Shader, wgpu::ComputePipeline>>,
-    cache: Option<pipeline_cache::DiskCache>,
+    cache: Option<Arc<pipeline_cache::DiskCache>>,
+    choices: choices::Choices,
     stats: Arc<Stats>,
     trouble: Arc<Mutex<Trouble>>,
 }
@@ -55,24 +61,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Gpu {
-    /// The best device of this machine, or the one the environment names (see [`DEVICE_VARIABLE`]).
-    ///
-    /// # Errors
-    /// [`Error::NoAdapter`] where there is none.
-    pub fn new() -> Result<Gpu> {
-        Gpu::choose(None)
-    }
-
-    /// A device by number or by a part of its name, as `qkv devices` lists them; `None` takes the best.
-    ///
-    /// # Errors
-    /// [`Error::NoAdapter`] where there is none, or none of that number or name.
-    pub fn choose(wanted: Option<&str>) -> Result<Gpu> {
+    /// A device with all the powers that its driver claims; `Gpu::choose` takes away those whose kernels
+    /// were seen to be wrong.
+    pub(crate) fn open(wanted: Option<&str>) -> Result<Gpu> {
         let (adapter, device, queue) = adapter::open(wanted)?;
         let info = adapter.get_info();
         let cooperative = adapter::cooperative(&adapter);
-        let cache = pipeline_cache::DiskCache::open(&device, &info);
-        let gpu = Gpu::assemble(device, queue, cooperative, cache);
+        let cache = pipeline_cache::DiskCache::open(&device, &info).map(Arc::new);
+        let choices = choices::Choices::open(&info);
+        let gpu = Gpu::assemble(device, queue, cooperative, cache, choices);
         let trouble = gpu.0.trouble.clone();
         gpu.0
             .device
@@ -95,21 +92,25 @@ impl Gpu {
     }
 
     /// An engine inside a device of the caller's, with the powers that the device was made with. Its
-    /// callbacks are left alone; recordings never submit or wait.
+    /// callbacks are left alone; recordings never submit or wait. It reads and writes no files: what is
+    /// tuned on it is kept in memory.
     pub fn from_wgpu(device: &wgpu::Device, queue: &wgpu::Queue) -> Gpu {
-        Gpu::assemble(device.clone(), queue.clone(), Vec::new(), None)
+        let choices = choices::Choices::default();
+        Gpu::assemble(device.clone(), queue.clone(), Vec::new(), None, choices)
     }
 
-    /// The same device with fewer powers, for tests of the variants that lesser devices run.
+    /// The same device with fewer powers, and nothing compiled yet: the variants that lesser devices run. It takes over
+    /// what was tuned so far, and keeps what is tuned on it to itself.
     pub fn narrowed(&self, caps: Caps) -> Gpu {
         let inner = &self.0;
         Gpu(Arc::new(Inner {
             device: inner.device.clone(),
             queue: inner.queue.clone(),
             caps,
-            templates: shader::templates(),
+            templates: inner.templates.clone(),
             pipelines: Mutex::default(),
-            cache: None,
+            cache: inner.cache.clone(),
+            choices: inner.choices.copied(),
             stats: Arc::default(),
             trouble: inner.trouble.clone(),
         }))
@@ -119,7 +120,8 @@ impl Gpu {
         device: wgpu::Device,
         queue: wgpu::Queue,
         cooperative: Vec<CoopShape>,
-        cache: Option<pipeline_cache::DiskCache>,
+        cache: Option<Arc<pipeline_cache::DiskCache>>,
+        choices: choices::Choices,
     ) -> Gpu {
         Gpu(Arc::new(Inner {
             caps: Caps::new(
@@ -133,9 +135,39 @@ impl Gpu {
             templates: shader::templates(),
             pipelines: Mutex::default(),
             cache,
+            choices,
             stats: Arc::default(),
             trouble: Arc::default(),
         }))
+    }
+
+    /// The same device with `from` replaced by `to` in the text of a kernel: a wrong one to be found.
+    #[cfg(test)]
+    pub(crate) fn planted(&self, kernel: &'static str, from: &str, to: &str) -> Gpu {
+        let mut templates = shader::templates();
+        let name = format!("{kernel}.wgsl");
+        let text = templates
+            .get_template(&name)
+            .expect("a kernel")
+            .source()
+            .to_string();
+        assert!(text.contains(from), "{kernel} says no {from:?}");
+        templates
+            .add_template_owned(name, text.replace(from, to))
+            .expect("a template");
+        let gpu = self.narrowed(self.caps().clone());
+        let mut inner = Arc::into_inner(gpu.0).expect("nobody else has it yet");
+        inner.templates = templates;
+        Gpu(Arc::new(inner))
+    }
+
+    /// Adapter, driver and backend, a fact a line: what a verdict on the device holds for.
+    pub(crate) fn identity(&self) -> String {
+        let info = self.0.device.adapter_info();
+        format!(
+            "adapter {} {:x}:{:x}\ndriver {} {}\nbackend {}\n",
+            info.name, info.vendor, info.device, info.driver, info.driver_info, info.backend
+        )
     }
 
     /// What the device can do.

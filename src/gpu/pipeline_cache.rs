@@ -1,6 +1,6 @@
 //! The driver's pipeline cache on disk, so that the second start compiles nothing anew.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The driver's cache and the file that it is kept in.
 pub(super) struct DiskCache {
@@ -37,8 +37,7 @@ impl DiskCache {
         &self.cache
     }
 
-    /// Writes the file anew, by way of another one so that a reader never sees half of it. A failure
-    /// costs time at the next start and nothing else.
+    /// Writes the file anew. A failure costs time at the next start and nothing else.
     pub fn save(&self) {
         let Some(data) = self.cache.get_data() else {
             return;
@@ -46,21 +45,24 @@ impl DiskCache {
         if data.len() == self.read {
             return;
         }
-        let sealed = seal(&data);
-        let part = self
-            .path
-            .with_extension(format!("{}.part", std::process::id()));
-        let written = self
-            .path
-            .parent()
-            .map_or(Ok(()), std::fs::create_dir_all)
-            .and_then(|()| std::fs::write(&part, &sealed))
-            .and_then(|()| std::fs::rename(&part, &self.path));
-        if let Err(e) = written {
+        if let Err(e) = replace_file(&self.path, &seal(&data)) {
             tracing::debug!("the pipeline cache was not saved: {e}");
-            let _ = std::fs::remove_file(&part);
         }
     }
+}
+
+/// Writes a file anew, by way of another one, so that a reader never sees half of it.
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let part = path.with_extension(format!("{}.part", std::process::id()));
+    let written = path
+        .parent()
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::fs::write(&part, bytes))
+        .and_then(|()| std::fs::rename(&part, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&part);
+    }
+    written
 }
 
 const MAGIC: &[u8; 8] = b"qkvpipe1";
@@ -80,7 +82,7 @@ fn unseal(file: Vec<u8>) -> Option<Vec<u8>> {
 }
 
 /// FNV-1a, 64 bits.
-fn checksum(data: &[u8]) -> u64 {
+pub(crate) fn checksum(data: &[u8]) -> u64 {
     data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
         (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3)
     })

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, OnceLock};
 
+use super::checksum;
 use crate::{Error, Result};
 
 /// A constant of a variant, as the template sees it.
@@ -77,10 +78,12 @@ const SOURCES: &[(&str, &str)] = sources![
     "decode",
     "decode_lanes",
     "embed",
+    "limits",
     "matmul",
     "matvec",
     "merge",
     "norm",
+    "pack",
     "prefill",
     "prefill_coop",
     "prefill_lanes",
@@ -155,6 +158,15 @@ pub fn templates() -> minijinja::Environment<'static> {
     templates
 }
 
+/// A number that changes with any text under `shaders/`.
+pub(crate) fn fingerprint() -> u64 {
+    static SUM: OnceLock<u64> = OnceLock::new();
+    *SUM.get_or_init(|| {
+        let texts = SOURCES.iter().flat_map(|(name, text)| [*name, *text]);
+        checksum(texts.collect::<String>().as_bytes())
+    })
+}
+
 /// Whether a kernel has a function, a type, a constant or a variable of that name at its outermost level.
 pub fn is_reserved(name: &str) -> bool {
     static NAMES: OnceLock<HashSet<&str>> = OnceLock::new();
@@ -195,6 +207,7 @@ pub fn is_reserved(name: &str) -> bool {
             "alibi",
             "t5",
             "sinks",
+            "tables",
             "qkv_calls",
         ]);
         names

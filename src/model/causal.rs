@@ -237,11 +237,12 @@ impl CausalModel {
         self.dtype
     }
 
-    /// An empty cache for `sequences` of up to `capacity` positions, stored as the activations are.
+    /// An empty cache for `sequences` of up to `capacity` positions; keys and values are stored as `types` says.
     ///
     /// # Errors
-    /// [`Error::Refused`] for more positions than the model has, [`Error::OutOfMemory`] for more than fit.
-    pub fn cache(&self, sequences: u32, capacity: u32) -> Result<Cache> {
+    /// [`Error::Refused`] for more positions than the model has, and for types that its heads do not fit;
+    /// [`Error::OutOfMemory`] for more than fit.
+    pub fn cache(&self, types: [DType; 2], sequences: u32, capacity: u32) -> Result<Cache> {
         let most = self.spec.max_positions;
         if capacity == 0 || capacity > most {
             let bound = format!("1 to the model's {most} positions");
@@ -257,7 +258,7 @@ impl CausalModel {
             capacity,
             head_dim: self.spec.heads.head_dim,
         };
-        Cache::new(&self.gpu, self.dtype, extents, false)
+        Cache::new(&self.gpu, types, extents, false)
     }
 
     /// New tokens of every sequence of a cache, that of row s from position `starts[s]` on; what stands

@@ -46,6 +46,13 @@ impl CascadeStep {
 }
 
 impl PagedStep {
+    /// A [`CausalModel::paged_step`] with the logits of every new token instead of each sequence's last: `[R, V]`, one
+    /// sequence's rows behind the other's.
+    pub(crate) fn of_all(mut self) -> PagedStep {
+        self.chunk.rows = None;
+        self
+    }
+
     /// Whether it reads shared keys once.
     pub fn is_cascade(&self) -> bool {
         self.cascade.is_some()
@@ -196,9 +203,9 @@ impl CausalModel {
     }
 
     /// One ragged step: appends its tokens to the pages and writes the logits of each sequence's last one, f32
-    /// `[S, V]`. But for a cascade they are the same bits whatever other sequences the step holds, however a text is cut
-    /// into steps, and whatever the pages' size. Where the base of rotary positions grows with the context, it is
-    /// that of the longest that the pool holds.
+    /// `[S, V]`, or of all. But for a cascade they are the same bits whatever other sequences the step holds, however a
+    /// text is cut into steps, and whatever the pages' size. Where the base of rotary positions grows with the context,
+    /// it is that of the longest that the pool holds.
     ///
     /// # Errors
     /// [`Error::Refused`] for a cache of another model's shape, and for logits that do not hold what is written.

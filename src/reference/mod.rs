@@ -1,8 +1,8 @@
 //! The oracle: attention, norms, layers and whole stacks in plain f64 loops.
 //!
 //! It is what the kernels are judged by, so it shares no code with them: it imports nothing from
-//! the rest of the crate, and clarity comes before speed everywhere. Tests and benches import it,
-//! and `qkv attend --verify`, which has its shapes checked before. A wrong shape is a bug in the test that
+//! the rest of the crate, and clarity comes before speed everywhere. Tests and benches import it, and
+//! `qkv attend --verify` and the tuner, which have their shapes checked before. A wrong shape is a bug in the test that
 //! made it, so it panics.
 //!
 //! - [`attention`] is the operator with every option, and its weights and scores; [`attention_eager`] the same

@@ -10,6 +10,7 @@ mod coop;
 mod grid;
 mod limits;
 mod options;
+mod packed;
 mod plans;
 mod problems;
 mod sixteen;
@@ -33,7 +34,11 @@ const CAUSAL: [Option<Align>; 3] = [None, Some(Align::BottomRight), Some(Align::
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
+    GPU.get_or_init(|| {
+        Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned()
+    })
 }
 
 /// Runs every case on every route and by the plan's choice, and asserts the number of runs.

@@ -1,5 +1,7 @@
 //! Errors in 16-bit types beside those of eager PyTorch in the same type.
 
+use qkv::gpu::templates;
+
 use super::*;
 
 fn cases(dtype: DType) -> Vec<Case> {
@@ -78,6 +80,97 @@ fn errors_are_no_larger_than_those_of_eager_pytorch_in_the_same_type() {
         runs,
         if gpu().caps().f16 { 2 } else { 1 } * (20 * 6 + 27 * 3)
     );
+}
+
+/// Products in f16 on the route that has them: errors of each head's rows beside eager PyTorch's.
+#[test]
+fn products_in_f16_keep_to_the_same_errors() {
+    if !gpu().caps().f16 {
+        return println!("0 runs: this device has no f16");
+    }
+    let mut cases = cases(F16);
+    let hard = |len, dim, loud| Case {
+        loud,
+        ..Case::new([1, 1], [4, 2], len, dim)
+    };
+    cases.extend([
+        hard([40, 70], [12, 20], 1e4),
+        hard([33, 257], [64, 64], 1e4),
+        hard([40, 70], [12, 20], 1e-6),
+        hard([33, 1500], [64, 64], 4.0),
+        hard([40, 90], [576, 512], 4.0),
+        hard([40, 90], [192, 128], 30.0),
+    ]);
+    for case in &mut cases {
+        case.types = [F16; 4];
+        case.f16_math = true;
+    }
+    let (mut runs, mut worst, mut sum) = (0, 0.0f64, 0.0);
+    for caps in [
+        gpu().caps().clone(),
+        teams_in_subgroups(),
+        gpu().caps().without_subgroups(),
+    ] {
+        let gpu = gpu().narrowed(caps);
+        for (seed, case) in cases.iter().enumerate() {
+            let prepared = Prepared::new(&gpu, case, seed as u64);
+            let answer = prepared.run(None, None, None).unwrap();
+            assert_eq!(answer.plan.route, Route::Prefill);
+            let text = answer
+                .plan
+                .launches
+                .last()
+                .expect("a launch")
+                .shader
+                .expand(&templates());
+            assert!(text.unwrap().contains("wg_v: array<vec4<f16>, 288>"));
+            let ratio = answer.beside_plain.expect("16-bit types");
+            assert!(ratio <= 2.0, "{ratio} times the errors: {case:?}");
+            (worst, sum, runs) = (worst.max(ratio), sum + ratio, runs + 1);
+        }
+    }
+    let mean = sum / f64::from(runs);
+    println!(
+        "{runs} runs: errors {mean:.2} times those of eager PyTorch, at worst {worst:.2} times"
+    );
+    assert_eq!(runs, 3 * 53);
+}
+
+#[test]
+fn products_in_f16_are_refused_where_there_are_none() {
+    let case = |types| Case {
+        types,
+        f16_math: true,
+        ..Case::new([1, 1], [2, 2], [40, 40], [12, 20])
+    };
+    let say = |case: &Case, caps: Caps, route, splits, stage| {
+        let prepared = Prepared::new(&gpu().narrowed(caps), case, 0);
+        prepared.run(route, splits, stage).unwrap_err()
+    };
+    let full = || gpu().caps().clone();
+    let halves = case([F16; 4]);
+    let mut said = Vec::new();
+    for place in 0..3 {
+        for dtype in [F32, BF16] {
+            let mut types = [F16; 4];
+            types[place] = dtype;
+            said.push(say(&case(types), full(), None, None, None));
+        }
+    }
+    said.push(say(&halves, full().without_f16(), None, None, None));
+    for route in [Route::ThreePass, Route::Decode] {
+        said.push(say(&halves, full(), Some(route), None, None));
+    }
+    said.push(say(&halves, full(), None, None, Some(Stage::Softmax)));
+    let invariant = Case {
+        batch_invariant: true,
+        ..halves
+    };
+    said.push(say(&invariant, full(), None, None, None));
+    for said in &said {
+        assert!(said.contains("f16_math"), "{said}");
+    }
+    assert_eq!(said.len(), 11);
 }
 
 #[test]

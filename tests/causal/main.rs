@@ -6,11 +6,13 @@
 mod batch;
 #[path = "../support/compare.rs"]
 mod compare;
+mod drafts;
 mod gguf;
 #[path = "../support/grid/mod.rs"]
 mod grid;
 mod kernels;
 mod maker;
+mod steps;
 mod transformers;
 #[path = "../gguf/writer.rs"]
 #[expect(dead_code, reason = "no metadata of these files is an array")]
@@ -30,7 +32,11 @@ use qkv::reference;
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
+    GPU.get_or_init(|| {
+        Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned()
+    })
 }
 
 /// Rows of tokens of those lengths.
@@ -188,7 +194,9 @@ fn a_padded_batch_equals_its_singles() {
 
 /// A cache of nothing but NaN: what was not written may not be read.
 fn empty_cache(model: &CausalModel, sequences: u32, capacity: u32) -> Cache {
-    let mut cache = model.cache(sequences, capacity).unwrap();
+    let mut cache = model
+        .cache([model.dtype(); 2], sequences, capacity)
+        .unwrap();
     for block in cache.k.iter_mut().chain(&mut cache.v) {
         let nan = vec![f32::NAN; block.len() as usize];
         let dtype = block.dtype();
@@ -446,23 +454,24 @@ fn what_cannot_be_done_is_refused_by_name() {
     assert!(refused(model.chunk(&rows, &[u32::MAX, 0], Wanted::All)).contains("positions"));
     assert!(
         model
-            .cache(1, 33)
+            .cache([DType::F32; 2], 1, 33)
             .err()
             .expect("a refusal")
             .to_string()
             .contains("32")
     );
-    assert!(model.cache(1, 0).is_err() && model.cache(0, 1).is_err());
+    let floats = [DType::F32; 2];
+    assert!(model.cache(floats, 1, 0).is_err() && model.cache(floats, 0, 1).is_err());
 
     let chunk = model.chunk(&rows, &[0, 0], Wanted::Last).unwrap();
     let out = gpu().empty("logits", DType::F32, &[2, spec.vocab]).unwrap();
     let small = gpu().empty("logits", DType::F32, &[1, spec.vocab]).unwrap();
     let (_, other) = specs().swap_remove(2);
     let (other, _) = make(gpu(), &other, DType::F32);
-    let cache = model.cache(2, 8).unwrap();
+    let cache = model.cache(floats, 2, 8).unwrap();
     for (cache, out) in [
-        (&model.cache(3, 8).unwrap(), &out),
-        (&other.cache(2, 8).unwrap(), &out),
+        (&model.cache(floats, 3, 8).unwrap(), &out),
+        (&other.cache(floats, 2, 8).unwrap(), &out),
         (&cache, &small),
     ] {
         let mut recorder = Recorder::new(gpu());

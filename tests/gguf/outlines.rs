@@ -307,7 +307,11 @@ fn the_real_models_outline_is_smollm2s() {
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
+    GPU.get_or_init(|| {
+        Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned()
+    })
 }
 
 /// Makes a matrix, multiplies a row by it, and compares with the expanded blocks.

@@ -25,7 +25,11 @@ use safetensors::tensor::{Dtype, TensorView};
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
+    GPU.get_or_init(|| {
+        Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned()
+    })
 }
 
 /// Rows of tokens of those lengths.
@@ -212,7 +216,7 @@ fn decoding_step_by_step_equals_the_whole() {
             capacity: 11,
             head_dim: spec.width / spec.decoder.heads,
         };
-        let mut cache = Cache::new(gpu, DType::F32, extents, false).unwrap();
+        let mut cache = Cache::new(gpu, [DType::F32; 2], extents, false).unwrap();
         // Nothing may be read of the cache that was not written.
         for block in cache.k.iter_mut().chain(&mut cache.v) {
             let nan = vec![f32::NAN; block.len() as usize];

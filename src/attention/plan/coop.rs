@@ -1,15 +1,13 @@
 //! Whether the prefill route's products go to cooperative matrices, and in which form.
 
 use super::super::problem::Problem;
-use crate::gpu::{Caps, DType};
+use crate::gpu::{Caps, DType, MATRIX_SUBGROUPS};
 
-/// Subgroups of a workgroup; the kernel has the number too.
-const SUBGROUPS: u32 = 4;
 /// Rows of a subgroup.
 const ROWS: u32 = 16;
 /// Keys of a tile.
 pub(super) const BLOCK_K: u32 = 32;
-/// Head dims for whose operands registers and workgroup memory are there.
+/// Head dims for whose operands registers and workgroup memory are there, by the kernel's arrays.
 const DIMS: std::ops::RangeInclusive<u32> = 8..=128;
 /// Value columns of a workgroup; more of them take more workgroups.
 const V_BLOCK: u32 = 128;
@@ -31,45 +29,30 @@ pub(super) struct Coop {
 }
 
 impl Coop {
-    /// `None` where the device has no such matrices or the problem does not fit them.
+    /// `None` where the device has no such matrices or the problem does not fit them. Their operands are f16,
+    /// the weights among them: an output in f32 has a right to better ones, unless products in f16 were asked
+    /// for.
     pub(super) fn new(problem: &Problem, caps: &Caps) -> Option<Coop> {
-        let [q, k, v, _] = problem.types;
-        let (d, dv) = (problem.head_dim(), problem.value_dim());
-        let plain = caps.plain_matrices;
-        if [q, k, v] != [DType::F16; 3]
-            || !DIMS.contains(&d)
-            || dv < *DIMS.start()
-            || caps.software && !plain
-        {
-            return None;
-        }
-        // f16 operands and f32 sums, in a size that WGSL can name.
-        let m = [16, 8].into_iter().find(|&m| {
-            caps.cooperative.iter().any(|shape| {
-                [shape.m, shape.n, shape.k] == [m; 3] && shape.ab == "f16" && shape.cr == "f32"
-            })
-        })?;
+        let m = caps.matrices()?;
         let (least, most) = caps.subgroups?;
-        let lanes = if plain { 32 } else { most };
-        let coop = Coop {
+        let [q, k, v, out] = problem.types;
+        let (d, dv) = (problem.head_dim(), problem.value_dim());
+        let precise = out == DType::F32 && !problem.options.f16_math;
+        let fits =
+            [q, k, v] == [DType::F16; 3] && !precise && DIMS.contains(&d) && dv >= *DIMS.start();
+        fits.then_some(Coop {
             m,
-            lanes,
+            lanes: if caps.plain_matrices { 32 } else { most },
             fixed: least == most,
             d_tiles: d.div_ceil(m),
             v_tiles: dv.min(V_BLOCK).div_ceil(m),
-            plain,
-        };
-        let fits = least >= 4
-            && (16..=64).contains(&lanes)
-            && lanes.is_power_of_two()
-            && SUBGROUPS * lanes <= caps.invocations
-            && coop.memory() <= caps.workgroup_memory;
-        fits.then_some(coop)
+            plain: caps.plain_matrices,
+        })
     }
 
     /// Rows of a workgroup.
     pub(super) fn block_q(self) -> u32 {
-        SUBGROUPS * ROWS
+        MATRIX_SUBGROUPS * ROWS
     }
 
     /// Value columns of a workgroup.
@@ -86,13 +69,5 @@ impl Coop {
     pub(super) fn turns(self) -> u32 {
         let products = (self.d_tiles + self.v_tiles) * self.tiles() * (BLOCK_K / self.m);
         products * (self.m * self.m / self.lanes * (self.m + 2))
-    }
-
-    /// Bytes of workgroup memory: a tile of K, one of V, weights, scores.
-    fn memory(self) -> u32 {
-        let k = BLOCK_K * (self.d_tiles * self.m + 8) * 2;
-        let v = self.columns() * (BLOCK_K + 8) * 2;
-        let p = self.block_q() * (BLOCK_K + 8) * 2;
-        k + v + p + self.block_q() * BLOCK_K * 4 + 16
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::super::Align;
-use super::super::problem::{Layout, Problem};
+use super::super::problem::{Layout, Params, Problem, Stage};
 use super::{Launch, Plan, THREADS, WORK};
 use crate::gpu::{Caps, DType, Shader, wgsl_type};
 use crate::{Error, Result};
@@ -32,10 +32,30 @@ pub(super) struct Part {
 pub(super) struct Planner<'a> {
     pub(super) problem: &'a Problem,
     pub(super) caps: &'a Caps,
+    /// Whether kernels that bind too much read the small tables from one buffer.
+    pub(super) packed: bool,
+    /// The bytes of scratch where these lie, and the first word of each among them.
+    pub(super) tables: [u64; 2],
+    pub(super) tables_from: [u32; 10],
     pub(super) parts: Vec<Part>,
     /// Keys of a tile of the block map.
     pub(super) k_block: u32,
     pub(super) plan: Plan,
+}
+
+/// Names and element types of tensors that a kernel reads: those that it binds, and those that it finds
+/// among the packed ones.
+#[derive(Default)]
+pub(super) struct Tables {
+    bound: Vec<(Arc<str>, &'static str)>,
+    packed: Vec<(Arc<str>, &'static str)>,
+}
+
+impl Tables {
+    /// How many buffers they take.
+    pub(super) fn buffers(&self) -> usize {
+        self.bound.len() + usize::from(!self.packed.is_empty())
+    }
 }
 
 /// One kernel over one part, still in one piece.
@@ -50,6 +70,16 @@ pub(super) struct Kernel {
     pub(super) blocks: u64,
     /// Multiply-adds of a workgroup.
     pub(super) work: u64,
+}
+
+/// Blocks of `size` rows of one KV head over so many batch rows; at least so many where they are ragged.
+pub(super) fn row_blocks(problem: &Problem, batch: u32, size: u32) -> u64 {
+    let group = problem.heads() / problem.kv_heads();
+    let rows = problem.q_len() as u64 * group as u64;
+    match problem.ragged_q {
+        true => rows / size as u64 + problem.batch as u64,
+        false => batch as u64 * rows.div_ceil(size as u64),
+    }
 }
 
 impl Planner<'_> {
@@ -67,13 +97,9 @@ impl Planner<'_> {
         batch * heads * self.problem.q_len() as u64
     }
 
-    /// Blocks of `size` rows over the batch rows of a part; at least so many where they are ragged.
+    /// Blocks of `size` rows over the batch rows of a part.
     pub(super) fn blocks(&self, part: Part, size: u32) -> u64 {
-        let rows = self.problem.q_len() as u64 * self.group() as u64;
-        match self.problem.ragged_q {
-            true => rows / size as u64 + self.problem.batch as u64,
-            false => (part.batch[1] - part.batch[0]) as u64 * rows.div_ceil(size as u64),
-        }
+        row_blocks(self.problem, part.batch[1] - part.batch[0], size)
     }
 
     pub(super) fn all_rows(&self) -> u64 {
@@ -200,23 +226,20 @@ impl Planner<'_> {
     /// Records a kernel over a part: one launch, or several where one would take too long.
     pub(super) fn launch(&mut self, part: Part, kernel: Kernel) -> Result<()> {
         let problem = self.problem;
-        let tables = self.tables(kernel.uses);
+        let tables = self.tables(kernel.buffers.len(), kernel.uses);
+        let packed = (!tables.packed.is_empty()).then_some("tables");
+        let bound = tables.bound.iter().map(|(name, _)| name.clone());
         let names = kernel.buffers.iter().map(|&name| name.into());
         let bindings: Vec<(Arc<str>, Option<[u64; 2]>)> = names
-            .chain(tables.into_iter().map(|(name, _)| name))
+            .chain(bound)
+            .chain(packed.map(Into::into))
             .map(|name: Arc<str>| {
-                let slice = self.slice(&name, part);
+                let slice = self.slice(&name, part).or(self.scratch_slice(&name));
                 (name, slice)
             })
             .collect();
-        if bindings.len() > self.caps.storage_buffers as usize {
-            let names: Vec<&str> = bindings.iter().map(|(name, _)| &**name).collect();
-            return Err(Error::refused(
-                "the tensors of these options together",
-                names.join(", "),
-                format!("this device binds {} at once", self.caps.storage_buffers),
-            ));
-        }
+        let shader = kernel.shader.with("TABLES", tables.bound);
+        let shader = shader.with("PACKED", tables.packed);
         let groups = match kernel.threads {
             true => kernel.count.div_ceil(THREADS),
             false => kernel.count,
@@ -224,7 +247,7 @@ impl Planner<'_> {
         if groups.max(kernel.count) > u32::MAX as u64 {
             return Err(Error::refused(
                 "q",
-                format_args!("{groups} workgroups of `{}`", kernel.shader.kernel),
+                format_args!("{groups} workgroups of `{}`", shader.kernel),
                 "they are counted in 32 bits",
             ));
         }
@@ -234,6 +257,7 @@ impl Planner<'_> {
         params.kv_count = part.kv[1] - part.kv[0];
         params.blocks = kernel.blocks as u32;
         params.k_blocks = problem.k_len().div_ceil(self.k_block);
+        params.tables_from = self.tables_from;
         // Offsets count from the slice that is bound, modulo 2^32: b and h stay the problem's own.
         for (name, slice) in &bindings {
             let Some([from, _]) = slice else { continue };
@@ -263,7 +287,7 @@ impl Planner<'_> {
                 false => to as u32,
             };
             self.plan.launches.push(Launch {
-                shader: kernel.shader.clone(),
+                shader: shader.clone(),
                 bindings: bindings.clone(),
                 params,
                 groups: to - from,
@@ -273,12 +297,60 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// The optional tensors that a kernel reads: names and element types, in the order of their bindings.
-    fn tables(&self, uses: Uses) -> Vec<(Arc<str>, &'static str)> {
+    /// What of scratch a name stands for that the part of the problem does not narrow: all but the packed
+    /// tables, since no two bindings may overlap where one is written.
+    fn scratch_slice(&self, name: &str) -> Option<[u64; 2]> {
+        let [from, to] = self.tables;
+        let problem = self.problem;
+        let weights = !problem.wants_weights || problem.options.stage != Stage::Softmax;
+        match name {
+            _ if from == to => None,
+            "tables" => Some([from, to]),
+            "parts" | "block_map" => Some([0, from]),
+            "weights" if weights => Some([0, from]),
+            _ => None,
+        }
+    }
+
+    /// Finds the small tables a place behind what else lies in scratch, and records their copying there.
+    pub(super) fn pack_tables(&mut self) {
+        if !self.packed {
+            return;
+        }
+        let words = u64::from(self.caps.storage_align.max(16) / 4);
+        let first = self.plan.scratch.max(1).next_multiple_of(words);
+        let mut at = first;
+        let tables = self.problem.words_of_tables();
+        for (ix, (name, n)) in tables.into_iter().enumerate() {
+            if n == 0 {
+                continue;
+            }
+            let bytes = [at * 4, (at + n) * 4];
+            self.tables_from[ix] = (at - first) as u32;
+            self.plan.launches.push(Launch {
+                shader: Shader::new("pack"),
+                bindings: vec![
+                    (name.into(), Some([0, n * 4])),
+                    ("tables".into(), Some(bytes)),
+                ],
+                params: Params {
+                    count: n as u32,
+                    ..Params::default()
+                },
+                groups: n.div_ceil(THREADS),
+            });
+            self.tables = [first * 4, bytes[1]];
+            at = (at + n).next_multiple_of(words);
+        }
+        self.plan.scratch = self.plan.scratch.max(self.tables[1] / 4);
+    }
+
+    /// The optional tensors that a kernel reads beside `buffers` others, in the order of their bindings.
+    pub(super) fn tables(&self, buffers: usize, uses: Uses) -> Tables {
         let problem = self.problem;
         let bias = problem.bias_type.map_or("f32", wgsl_type);
         let t5 = problem.t5_buckets > 0;
-        let mut tables: Vec<(Arc<str>, &'static str)> = [
+        let mut bound: Vec<(Arc<str>, &'static str)> = [
             ("cu_q", "u32", problem.ragged_q),
             ("cu_k", "u32", uses.keys && problem.ragged_k),
             ("kv_len", "u32", uses.keys && problem.has_kv_len),
@@ -298,9 +370,17 @@ impl Planner<'_> {
         .collect();
         if uses.masks {
             let extra = problem.extra.iter();
-            tables.extend(extra.map(|(name, dtype)| (name.clone(), wgsl_type(*dtype))));
+            bound.extend(extra.map(|(name, dtype)| (name.clone(), wgsl_type(*dtype))));
         }
-        tables
+        let mut packed = Vec::new();
+        if self.packed && buffers + bound.len() > self.caps.storage_buffers as usize {
+            // Biases and masks are no small tables; the caller's WGSL calls its buffers by their names.
+            let small = problem.words_of_tables().map(|(name, _)| name);
+            (packed, bound) = bound
+                .into_iter()
+                .partition(|(name, _)| small.contains(&&**name));
+        }
+        Tables { bound, packed }
     }
 
     /// A kernel's variant for this problem.
@@ -356,6 +436,5 @@ impl Planner<'_> {
             .with("FUNCTIONS", Arc::<str>::from(functions.join("\n")))
             .with("HAS_LSE", problem.wants_lse)
             .with("SOFTWARE", self.caps.software)
-            .with("TABLES", self.tables(uses))
     }
 }

@@ -1,6 +1,7 @@
 //! From a problem and a device's powers to kernels, pure: so that the choice is tested for devices that
 //! nobody here owns.
 
+mod candidate;
 mod coop;
 mod launch;
 mod routes;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use super::problem::{Params, Problem};
 use crate::gpu::{Caps, DType, Shader};
 use crate::{Error, Result};
+pub use candidate::{Candidate, Subgroups};
 use coop::Coop;
 use launch::Planner;
 
@@ -47,6 +49,10 @@ pub struct Launch {
 pub struct Plan {
     /// The route taken.
     pub route: Route,
+    /// What was chosen: the kernel and its sizes.
+    pub candidate: Candidate,
+    /// Whether a measurement on the device chose it, rather than the table by capabilities.
+    pub tuned: bool,
     /// The kernels, in order.
     pub launches: Vec<Launch>,
     /// Parts of the key axis.
@@ -63,8 +69,8 @@ const FEW_ROWS: u32 = 16;
 const SPLIT_AT_LEAST: u32 = 512;
 /// Keys of each part where a row's result may not depend on its neighbours.
 const INVARIANT_SPLIT: u32 = 1024;
-/// Workgroups that keep a large device busy.
-const ENOUGH_GROUPS: u32 = 256;
+/// Workgroups that keep a large device busy, and a processor, where each part costs as much as it brings.
+const ENOUGH_GROUPS: [u64; 2] = [256, 8];
 /// Threads of the kernels whose threads are numbered through.
 const THREADS: u64 = 64;
 /// Multiply-adds of one launch: a tenth of a second or so on a small device, well below any watchdog.
@@ -75,11 +81,27 @@ const TURNS: u64 = 60_000;
 /// Workgroup memory of every device.
 const WORKGROUP_MEMORY: u32 = 16_384;
 
-/// Chooses the kernels for a problem.
+/// Chooses the kernels for a problem by a table of capabilities.
 ///
 /// # Errors
 /// [`Error::Refused`] where the device cannot honour the problem, or the forced route cannot.
 pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
+    plan_with(problem, caps, None)
+}
+
+/// [`plan`] with what was measured to be the best, which is taken where the problem leaves the choice free
+/// (it has a [`Problem::bucket`]) and the candidate [`fits`](Candidate::fits) it; [`Plan::tuned`] tells.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_with(problem: &Problem, caps: &Caps, tuned: Option<Candidate>) -> Result<Plan> {
+    if problem.options.f16_math && !caps.f16 {
+        return Err(Error::refused(
+            "f16_math",
+            true,
+            "false: this device has no f16 in shaders",
+        ));
+    }
     let f16 = problem.types.contains(&DType::F16) || problem.bias_type == Some(DType::F16);
     if f16 && !caps.f16 {
         return Err(Error::refused(
@@ -88,21 +110,78 @@ pub fn plan(problem: &Problem, caps: &Caps) -> Result<Plan> {
             "f32 or bf16: this device has no f16 in shaders",
         ));
     }
-    let route = choose_route(problem, caps)?;
+    let free = tuned.filter(|candidate| problem.is_tunable() && candidate.fits(problem, caps));
+    if let Some(Ok(Ok(mut plan))) = free.map(|candidate| lay_out(problem, caps, candidate)) {
+        plan.tuned = true;
+        return Ok(plan);
+    }
+    let options = &problem.options;
+    let launch = match lay_out(problem, caps, Candidate::by_table(problem, caps)?)? {
+        Ok(plan) => return Ok(plan),
+        Err(launch) => launch,
+    };
+    // Each of the three passes binds a part of what a fused kernel does.
+    if options.route.is_none()
+        && options.splits.is_none()
+        && !options.f16_math
+        && let Ok(Ok(passes)) = lay_out(problem, caps, Candidate::three_pass())
+    {
+        return Ok(passes);
+    }
+    let names: Vec<&str> = launch.bindings.iter().map(|(name, _)| &**name).collect();
+    Err(Error::refused(
+        "the tensors of these options together",
+        names.join(", "),
+        format!("this device binds {} at once", caps.storage_buffers),
+    ))
+}
+
+/// The plan of a candidate, or a launch of it that binds more than the device allows even with the small tables packed
+/// into one buffer.
+fn lay_out(
+    problem: &Problem,
+    caps: &Caps,
+    candidate: Candidate,
+) -> Result<std::result::Result<Plan, Launch>> {
+    let crowded = |plan: &Plan| {
+        let mut launches = plan.launches.iter();
+        launches
+            .find(|launch| launch.bindings.len() > caps.storage_buffers as usize)
+            .cloned()
+    };
+    let plain = launches(problem, caps, candidate, false)?;
+    if crowded(&plain).is_none() {
+        return Ok(Ok(plain));
+    }
+    let packed = launches(problem, caps, candidate, true)?;
+    Ok(match crowded(&packed) {
+        None => Ok(packed),
+        Some(launch) => Err(launch),
+    })
+}
+
+/// The launches of a candidate, with the small tables `packed` into one buffer for those that would bind more
+/// than the device allows.
+fn launches(problem: &Problem, caps: &Caps, candidate: Candidate, packed: bool) -> Result<Plan> {
     let mut planner = Planner {
         problem,
         caps,
+        packed,
+        tables: [0; 2],
+        tables_from: [0; 10],
         parts: Vec::new(),
         k_block: 32,
         plan: Plan {
-            route,
+            route: candidate.route,
+            candidate,
+            tuned: false,
             launches: Vec::new(),
             splits: 1,
             split_len: problem.k_len(),
             scratch: 0,
         },
     };
-    match route {
+    match candidate.route {
         Route::ThreePass => planner.three_pass()?,
         Route::Prefill => planner.prefill()?,
         Route::Decode => planner.decode()?,
@@ -116,23 +195,28 @@ fn lanes(caps: &Caps) -> Option<u32> {
     Some((1 << least.ilog2()).min(32))
 }
 
+/// The lanes of a team that is a whole subgroup, of which there is one size.
+fn whole_lanes(caps: &Caps) -> Option<u32> {
+    lanes(caps).filter(|&n| n >= 8 && caps.subgroups == Some((n, n)))
+}
+
 /// Whether workgroup memory and barriers are dear, and a row of Q a lane passed on is cheap: a processor,
 /// whose teams are whole subgroups.
 fn by_lanes(caps: &Caps) -> bool {
-    caps.software && lanes(caps).is_some_and(|n| n >= 8 && caps.subgroups == Some((n, n)))
+    caps.software && whole_lanes(caps).is_some()
 }
 
-/// The longest key axis of the prefill route.
-fn prefill_keys(problem: &Problem, caps: &Caps) -> u64 {
+/// The longest key axis of a kernel of the prefill route.
+fn prefill_keys(problem: &Problem, caps: &Caps, subgroups: Subgroups) -> u64 {
     if !caps.software {
         return u64::MAX;
     }
     // A tile's turns. Matrices by plain loops: a lane's share of each product, and what comes and goes.
-    if let Some(coop) = Coop::new(problem, caps) {
+    if let Some(coop) = Coop::new(problem, caps).filter(|_| subgroups == Subgroups::Matrices) {
         return TURNS / (coop.turns() as u64 + 200) * coop::BLOCK_K as u64;
     }
     // By lanes: its products, scores and weights.
-    if by_lanes(caps) {
+    if subgroups == Subgroups::Lanes {
         return TURNS / (problem.head_dim() as u64 / 4 + 60) * 32;
     }
     // Staging and products for each 32 columns of D and Dv, and the rows' maxima.
@@ -145,6 +229,7 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
         .q_len()
         .saturating_mul(problem.heads() / problem.kv_heads());
     let few = FEW_ROWS / if by_lanes(caps) { 2 } else { 1 };
+    let prefill = Candidate::prefill_by_table(problem, caps);
     let route = match (problem.wants_weights, problem.options.route) {
         (true, None | Some(Route::ThreePass)) => Route::ThreePass,
         (true, Some(route)) => {
@@ -156,10 +241,22 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
         }
         (false, Some(route)) => route,
         (false, None) if problem.options.batch_invariant => Route::Decode,
-        (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps) => Route::Decode,
+        (false, None) if problem.options.f16_math => Route::Prefill,
+        (false, None)
+            if problem.k_len() as u64 > prefill_keys(problem, caps, prefill.subgroups) =>
+        {
+            Route::Decode
+        }
         (false, None) if rows <= few || problem.q_len() == 1 => Route::Decode,
         (false, None) => Route::Prefill,
     };
+    if problem.options.f16_math && route != Route::Prefill {
+        return Err(Error::refused(
+            "f16_math",
+            true,
+            format!("false: only the prefill route has it, and this is {route:?}"),
+        ));
+    }
     if let (Some(splits), true) = (problem.options.splits, route != Route::Decode) {
         return Err(Error::refused(
             "splits",

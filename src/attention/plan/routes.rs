@@ -3,10 +3,7 @@
 use super::super::problem::Stage;
 use super::coop::{self, Coop};
 use super::launch::{Kernel, Part, Planner, Uses};
-use super::{
-    ENOUGH_GROUPS, INVARIANT_SPLIT, SPLIT_AT_LEAST, THREADS, TURNS, WORKGROUP_MEMORY, by_lanes,
-    lanes, prefill_keys,
-};
+use super::{INVARIANT_SPLIT, Subgroups, THREADS, TURNS, by_lanes, prefill_keys};
 use crate::{Error, Result};
 
 impl Planner<'_> {
@@ -32,6 +29,7 @@ impl Planner<'_> {
             ));
         }
         self.make_parts(&["q", "k", "v", "o", "weights", "lse"])?;
+        self.pack_tables();
         for part in self.parts.clone() {
             let rows = self.rows(part);
             let keys = Uses {
@@ -102,28 +100,25 @@ impl Planner<'_> {
     pub(super) fn prefill(&mut self) -> Result<()> {
         let problem = self.problem;
         let (head_dim, dv) = (problem.head_dim(), problem.value_dim());
-        let coop = Coop::new(problem, self.caps);
-        let by_lanes = by_lanes(self.caps).then(|| lanes(self.caps)).flatten();
-        let by_lanes = by_lanes.filter(|_| coop.is_none());
-        // Keys of a tile, and value columns of a chunk, of which a workgroup has up to four.
-        let block_k = by_lanes.map_or(coop::BLOCK_K, |lanes| 4 * lanes);
+        let candidate = self.plan.candidate;
+        let lanes = candidate.lanes(self.caps);
+        let coop =
+            Coop::new(problem, self.caps).filter(|_| candidate.subgroups == Subgroups::Matrices);
+        // Query rows of a workgroup, and keys of a tile.
+        let (block_q, block_k) = match (coop, lanes) {
+            (Some(coop), _) => (coop.block_q(), coop::BLOCK_K),
+            (_, Some(lanes)) => (candidate.rows, 4 * lanes),
+            _ => (32, 32),
+        };
+        // Value columns of a chunk, of which a workgroup has up to four.
         let columns = block_k;
         let chunks = dv.div_ceil(columns).min(4);
-        // More rows of many columns would take more than a second to compile.
-        let rows = problem.q_len().saturating_mul(self.group());
-        let block_q = match (by_lanes, coop) {
-            (_, Some(coop)) => coop.block_q(),
-            (Some(_), _) if chunks > 2 || rows <= 32 => 16,
-            (Some(_), _) => 24,
-            (None, None) => 32,
-        };
         // Value columns of a workgroup.
         let share = coop.map_or(chunks * columns, |coop| coop.columns());
-        let subgroups = self.caps.subgroups.is_some_and(|(least, _)| least >= 8);
         // Small subgroups are Intel's, and so may be a device without any.
         let few_registers = self.caps.subgroups.is_none_or(|(least, _)| least < 32);
         self.make_parts(&["q", "k", "v", "o", "lse"])?;
-        if problem.k_len() as u64 > prefill_keys(problem, self.caps) {
+        if problem.k_len() as u64 > prefill_keys(problem, self.caps, candidate.subgroups) {
             return Err(Error::refused(
                 "k",
                 format_args!("{} rows", problem.k_len()),
@@ -133,16 +128,37 @@ impl Planner<'_> {
         let by_element = problem.mask.is_some() || problem.options.mask_mod.is_some();
         self.k_block = block_k;
         let k_blocks = problem.k_len().div_ceil(block_k) as u64;
-        for part in self.parts.clone() {
+        let uses = Uses {
+            keys: true,
+            scores: true,
+            masks: true,
+            rows: true,
+            sinks: true,
+        };
+        let mut buffers = vec!["q", "k", "v", "o"];
+        buffers.extend(problem.wants_lse.then_some("lse"));
+        // The map saves work and no more: it goes before an option does.
+        let with_map = buffers.len() + 1;
+        let may_map = by_element
+            && problem.q_len() >= 64
+            && problem.k_len() >= 64
+            && !(self.packed
+                && with_map + self.tables(with_map, uses).buffers()
+                    > self.caps.storage_buffers as usize);
+        let tiles = |planner: &Self, part: Part| {
+            let kv = (part.kv[1] - part.kv[0]) as u64;
+            let tiles = kv * planner.blocks(part, block_q) * k_blocks;
+            (may_map && tiles * 4 <= planner.caps.max_binding).then_some(tiles)
+        };
+        let parts = self.parts.clone();
+        let most = parts.iter().filter_map(|&part| tiles(self, part)).max();
+        self.plan.scratch = most.unwrap_or(0);
+        self.pack_tables();
+        for part in parts {
             let kv = (part.kv[1] - part.kv[0]) as u64;
             let blocks = self.blocks(part, block_q);
-            let tiles = kv * blocks * k_blocks;
-            let map = by_element
-                && problem.q_len() >= 64
-                && problem.k_len() >= 64
-                && tiles * 4 <= self.caps.max_binding;
-            if map {
-                self.plan.scratch = self.plan.scratch.max(tiles);
+            let map = tiles(self, part);
+            if let Some(tiles) = map {
                 let uses = Uses {
                     keys: true,
                     masks: true,
@@ -164,18 +180,10 @@ impl Planner<'_> {
                     },
                 )?;
             }
-            let uses = Uses {
-                keys: true,
-                scores: true,
-                masks: true,
-                rows: true,
-                sinks: true,
-            };
-            let mut buffers = vec!["q", "k", "v", "o"];
-            buffers.extend(problem.wants_lse.then_some("lse"));
-            buffers.extend(map.then_some("block_map"));
-            let shader = match (by_lanes, coop) {
-                (_, Some(coop)) => self
+            let mut buffers = buffers.clone();
+            buffers.extend(map.map(|_| "block_map"));
+            let shader = match (coop, lanes) {
+                (Some(coop), _) => self
                     .shader("prefill_coop", uses)
                     .with("PLAIN", coop.plain)
                     .with("M", coop.m)
@@ -185,23 +193,24 @@ impl Planner<'_> {
                     .with("BLOCK_K", block_k)
                     .with("D_TILES", coop.d_tiles)
                     .with("V_TILES", coop.v_tiles),
-                (Some(lanes), _) => self
+                (_, Some(lanes)) => self
                     .shader("prefill_lanes", uses)
                     .with("ROWS", block_q)
                     .with("LANES", lanes)
                     .with("V_WHOLE", dv.is_multiple_of(share))
                     .with("V_CHUNKS", chunks),
-                (None, None) => self
+                _ => self
                     .shader("prefill", uses)
-                    .with("ROWS", if chunks == 1 { 4u32 } else { 2 })
-                    .with("SUBGROUPS", subgroups)
+                    .with("ROWS", candidate.rows)
+                    .with("F16_MATH", problem.options.f16_math)
+                    .with("SUBGROUPS", candidate.subgroups == Subgroups::Maxima)
                     .with("FEW_REGISTERS", few_registers)
                     .with("V_CHUNKS", chunks),
             };
             self.launch(
                 part,
                 Kernel {
-                    shader: shader.with("HAS_BLOCK_MAP", map),
+                    shader: shader.with("HAS_BLOCK_MAP", map.is_some()),
                     buffers,
                     uses,
                     count: kv * blocks * dv.div_ceil(share) as u64,
@@ -220,51 +229,12 @@ impl Planner<'_> {
         let (k_len, dv) = (problem.k_len(), problem.value_dim());
         let quads = problem.head_dim().div_ceil(4);
         let v_quads = dv.div_ceil(4);
-        let lanes = lanes(self.caps);
-        let rows = match invariant {
-            true => 8,
-            false => problem.q_len().saturating_mul(self.group()).min(8),
-        };
-        let mut at_once = rows.next_power_of_two();
-        let memory = |rows: u32| match lanes {
-            Some(lanes) => rows * (quads * 16 + 64 / lanes * 8 + 1032),
-            None => rows * (quads * 16 + 1284) + 1024,
-        };
-        // What a lane holds for so many rows and keys: O; product, score and weight of each key; the rest. A
-        // processor keeps what does not fit its registers in its nearest cache; small subgroups are
-        // Intel's, with 128 registers (8 rows spilled 37 to 312 of them there), and so may be a device
-        // without any.
-        let chunks = v_quads.div_ceil(lanes.unwrap_or(64));
-        let registers = |rows: u32, keys: u32| rows * (4 * chunks + 3 * keys + 8);
-        let room = match (self.caps.software, lanes) {
-            (true, Some(_)) => 300,
-            (_, Some(32)) => 224,
-            _ => 96,
-        };
-        let least_keys = if lanes.is_some() { 1 } else { 4 };
-        while at_once > 1
-            && (memory(at_once) > WORKGROUP_MEMORY || registers(at_once, least_keys) > room)
-        {
-            at_once /= 2;
-        }
-        // Several rows and keys share what is read; few rows would only use up registers.
-        let keys = if at_once >= 4 && registers(at_once, 4) <= room {
-            4u32
-        } else {
-            1
-        };
-        let whole = Part {
-            batch: [0, problem.batch],
-            kv: [0, problem.kv_heads()],
-        };
-        let groups = problem.kv_heads() as u64 * self.blocks(whole, at_once);
+        let candidate = self.plan.candidate;
+        let lanes = candidate.lanes(self.caps);
+        let (at_once, keys) = (candidate.rows, candidate.keys);
         let split_len = match (problem.options.splits, invariant) {
-            (Some(splits), _) => k_len.div_ceil(splits),
             (None, true) => INVARIANT_SPLIT,
-            (None, false) => {
-                let wanted = (ENOUGH_GROUPS as u64).div_ceil(groups.max(1)) as u32;
-                k_len.div_ceil(wanted.min(k_len / SPLIT_AT_LEAST).max(1))
-            }
+            _ => k_len.div_ceil(candidate.splits),
         };
         // Turns for 256 keys: queries and values of each step, and without subgroups the rows' maxima.
         let turns = match lanes {
@@ -297,6 +267,7 @@ impl Planner<'_> {
         }
         self.count_in_32_bits(self.plan.scratch)?;
         self.make_parts(&["q", "k", "v", "o", "parts", "lse"])?;
+        self.pack_tables();
         for part in self.parts.clone() {
             let uses = Uses {
                 keys: true,

@@ -102,6 +102,32 @@ impl Problem {
         self.q.extents[1]
     }
 
+    /// The tables of 32-bit words that there are, with the number of their words; where each lies when packed
+    /// is a field of `Problem` of shaders/shared/problem.wgsl, in this order.
+    pub(crate) fn words_of_tables(&self) -> [(&'static str, u64); 10] {
+        let (batch, kv_batch) = (u64::from(self.batch), u64::from(self.kv_batch()));
+        let heads = u64::from(self.heads());
+        let words = |there: bool, n: u64| if there { n } else { 0 };
+        let pages = self
+            .pages
+            .map_or(0, |[rows, n]| u64::from(rows) * u64::from(n));
+        [
+            ("cu_q", words(self.ragged_q, batch + 1)),
+            ("cu_k", words(self.ragged_k, batch + 1)),
+            ("kv_len", words(self.has_kv_len, kv_batch)),
+            ("q_offset", words(self.has_q_offset, batch)),
+            ("prefix_len", words(self.has_prefix, batch)),
+            (
+                "rows",
+                words(self.has_rows, kv_batch * u64::from(self.k_len())),
+            ),
+            ("pages", pages),
+            ("alibi", words(self.has_alibi, heads)),
+            ("t5", u64::from(self.t5_buckets) * heads),
+            ("sinks", words(self.has_sinks, heads)),
+        ]
+    }
+
     pub(crate) fn kv_heads(&self) -> u32 {
         self.k.extents[1]
     }
@@ -428,6 +454,18 @@ fn check_options(tensors: &Tensors, options: &Options) -> Result<f32> {
         let bound = "no keys to the right: causal is asked for";
         return refuse("window", &options.window, bound);
     }
+    if options.f16_math {
+        for (name, view) in [("q", &tensors.q), ("k", &tensors.k), ("v", &tensors.v)] {
+            if view.tensor.dtype != DType::F16 {
+                let is = view.tensor.dtype.name();
+                return refuse(
+                    "f16_math",
+                    &true,
+                    format!("not with {name} in {is}: it takes f16"),
+                );
+            }
+        }
+    }
     if options.splits == Some(0) {
         return refuse("splits", &0, "at least 1");
     }
@@ -476,7 +514,7 @@ pub(crate) struct Params {
     pub k_blocks: u32,
     pub one: u32,
     pub pool: u32,
-    pub unused: [u32; 2],
+    pub tables_from: [u32; 10],
 }
 
 impl Problem {

@@ -12,7 +12,7 @@ use qkv::attention::{self, Plan, Problem, Route, Tensors};
 use qkv::gpu::{DType, Gpu, Recorder, Recording, Tensor};
 use qkv::{Error, Result};
 
-use super::{Floats, save, say};
+use super::{Device, Floats, save, say};
 use device::OnDevice;
 use input::Input;
 pub use options::Options;
@@ -34,19 +34,20 @@ struct Answer {
 }
 
 /// Exit code 1 where `--verify` finds a wrong row.
-pub fn run(options: &Options, device: Option<&str>) -> Result<ExitCode> {
+pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
     if options.verify && options.has_functions() {
         let bound = "not with --score-mod or --mask-mod: the oracle runs no WGSL";
         return Err(Error::refused("--verify", "given", bound));
     }
     let input = Input::load(&options.input, options.layout, options.has_functions())?;
     let operator = options.operator(input.t5.is_some())?;
-    let gpu = options.narrowed(Gpu::choose(device)?);
+    let gpu = options.narrowed(device.open()?);
     let on_device = OnDevice::new(&gpu, &input, options)?;
     let tensors = on_device.tensors(&input)?;
-    let plan = attention::plan(&Problem::new(&tensors, &operator)?, gpu.caps())?;
+    let problem = Problem::new(&tensors, &operator)?;
+    let plan = attention::planned_on(&gpu, &problem)?;
     if options.explain {
-        say(format_args!("{}", explain(&gpu, &plan)))?;
+        say(format_args!("{}", explain(&gpu, &problem, &plan)))?;
     }
     if options.output.is_none() && !options.verify && options.time.is_none() {
         return Ok(ExitCode::SUCCESS);
@@ -166,7 +167,7 @@ impl Job<'_> {
     }
 }
 
-fn route_name(route: Route) -> &'static str {
+pub fn route_name(route: Route) -> &'static str {
     match route {
         Route::ThreePass => "three-pass",
         Route::Prefill => "prefill",
@@ -175,10 +176,12 @@ fn route_name(route: Route) -> &'static str {
 }
 
 /// What will run, a fact a line.
-fn explain(gpu: &Gpu, plan: &Plan) -> String {
+fn explain(gpu: &Gpu, problem: &Problem, plan: &Plan) -> String {
     let mut text = format!("device      {}\n", gpu.caps().name);
     let mut line = |name: &str, value: String| text += &format!("{name:<12}{value}\n");
     line("route", route_name(plan.route).to_string());
+    line("chosen", plan.candidate.to_string());
+    line("why", why(gpu, problem, plan));
     line(
         "splits",
         format!("{} of {} keys", plan.splits, plan.split_len),
@@ -193,4 +196,18 @@ fn explain(gpu: &Gpu, plan: &Plan) -> String {
         line("", format!("{} {}", launch.shader.kernel, launch.groups));
     }
     text
+}
+
+/// Why the plan is what it is.
+fn why(gpu: &Gpu, problem: &Problem, plan: &Plan) -> String {
+    let bucket = problem.bucket();
+    match (plan.tuned, bucket) {
+        (true, Some(bucket)) => {
+            let choice = gpu.choice(&bucket).unwrap_or_default();
+            let times = choice.split_once("; ").map_or("", |(_, times)| times);
+            format!("tuned for {bucket}: {times}")
+        }
+        (_, Some(bucket)) => format!("by the table of capabilities; {bucket} is not tuned"),
+        (_, None) => "as asked for, or by the table of capabilities: not to be tuned".to_string(),
+    }
 }

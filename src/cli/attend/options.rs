@@ -85,6 +85,9 @@ pub struct Options {
     /// The device's own limits and features, or what every WebGPU implementation grants
     #[arg(long, value_enum, default_value = "device")]
     limits: Limits,
+    /// Weights times values in f16 too, on the route `prefill`; with --storage f16
+    #[arg(long)]
+    f16_math: bool,
     /// What a row's bits do not depend on
     #[arg(long, value_enum)]
     deterministic: Option<Deterministic>,
@@ -221,6 +224,7 @@ impl Options {
                 Some(StageName::Biased) => Stage::Biased,
                 Some(StageName::Softmax) | None => Stage::Softmax,
             },
+            f16_math: self.f16_math,
             batch_invariant: matches!(self.deterministic, Some(Deterministic::Batch)),
             route: match self.route {
                 RouteName::Auto => None,

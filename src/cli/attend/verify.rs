@@ -5,6 +5,7 @@
 
 use half::{bf16, f16};
 use qkv::attention::{self, Align, Stage, T5};
+use qkv::doctor::Tolerance;
 use qkv::gpu::DType;
 use qkv::reference::{self, Attention, AttentionOut, Offset};
 
@@ -250,30 +251,6 @@ fn rounded(dtype: DType, values: &[f32]) -> Vec<f64> {
     values.iter().map(round).collect()
 }
 
-/// How far a value may be from the oracle's: `atol + rtol * max |the oracle's row|`.
-struct Tolerance {
-    atol: f64,
-    rtol: f64,
-}
-
-impl Tolerance {
-    /// The rounding of the output, twice, and the errors of f32 sums, which grow with the square root of
-    /// their length.
-    fn new(dtype: DType, k_len: u32) -> Self {
-        let growth = (f64::from(k_len) / 1024.0).sqrt().max(1.0);
-        let (atol, rtol) = match dtype {
-            // Subnormals are 2^-24 apart.
-            DType::F16 => (2f64.powi(-24), 2f64.powi(-10)),
-            DType::BF16 => (0.0, 2f64.powi(-7)),
-            _ => (0.0, 0.0),
-        };
-        Tolerance {
-            atol: atol + 2e-6 * growth,
-            rtol: rtol + 2e-5 * growth,
-        }
-    }
-}
-
 /// Compares the rows of one result.
 struct Judge {
     name: &'static str,
@@ -297,27 +274,18 @@ impl Judge {
         }
     }
 
-    /// NaN is wrong on either side, and an infinity unless the oracle has the same one.
     fn row(&mut self, [b, h, i]: [u32; 3], got: &[f32], want: &[f64]) {
-        let finite = want.iter().filter(|w| w.is_finite());
-        let largest = finite.fold(0.0f64, |top, w| top.max(w.abs()));
-        let allowed = self.tolerance.atol + self.tolerance.rtol * largest;
         self.rows += 1;
         let mut is_wrong = false;
-        for (column, (&got, &want)) in got.iter().zip(want).enumerate() {
-            let error = (f64::from(got) - want).abs();
-            let ratio = match f64::from(got) == want {
-                true => 0.0,
-                false if error.is_finite() => error / allowed,
-                false => f64::INFINITY,
-            };
+        for (column, ratio) in self.tolerance.errors(got, want).enumerate() {
             self.worst = self.worst.max(ratio);
             if ratio > 1.0 {
                 is_wrong = true;
+                let (got, want) = (got[column], want[column]);
                 self.first.get_or_insert_with(|| {
                     format!(
                         "batch {b} head {h} query {i} column {column}: {got} for {want}, \
-                        off by {ratio:.3} times the allowed {allowed:.3e}"
+                        off by {ratio:.3} times what is allowed"
                     )
                 });
             }

@@ -108,6 +108,8 @@ pub struct Case {
     /// The largest magnitude in q.
     pub loud: f64,
     pub batch_invariant: bool,
+    /// Products in f16.
+    pub f16_math: bool,
 }
 
 impl Case {
@@ -139,6 +141,7 @@ impl Case {
             scale: None,
             loud: 4.0,
             batch_invariant: false,
+            f16_math: false,
         }
     }
 

@@ -14,6 +14,11 @@ impl Prepared {
     /// What this problem's answers may be off by.
     fn tolerance(&self, dtype: DType) -> Tolerance {
         let base = of_storage(storage(dtype), self.case.len[1] as usize);
+        // Weights and products are rounded before the output is.
+        let base = match (self.case.f16_math, dtype) {
+            (true, DType::F16) => base.times(4.0),
+            _ => base,
+        };
         // A score of 10,000 is itself known to a few thousandths in f32, and so is its weight.
         match self.case.loud > 1000.0 {
             true => base.times(200.0),
@@ -46,6 +51,7 @@ impl Prepared {
             mask_mod,
             stage: stage.unwrap_or_default(),
             batch_invariant: case.batch_invariant,
+            f16_math: case.f16_math,
             route,
             splits,
         }
@@ -152,7 +158,10 @@ impl Prepared {
         )?;
         let beside = self.plain.as_ref().map(|plain| {
             let (of, want) = (storage(out_type), &self.want.out);
-            beside_plain(&name, of, &values, plain, want, value_dim)
+            // Errors of f16 products are chance as the plain ones are: all rows of a head tell, one row does not.
+            let rows = if self.case.f16_math { q_len } else { 1 };
+            let len = rows as usize * value_dim;
+            beside_plain(&name, of, &values, plain, want, len)
         });
         let read = |what: &str, framed: &Tensor, cells: u32, want: &[f64], len: u32| {
             let name = format!("{what} of {name}");

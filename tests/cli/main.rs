@@ -9,6 +9,8 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 
+mod generate;
+
 const GOLDENS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens");
 
 fn qkv(arguments: &[&str], input: &[u8]) -> Output {
@@ -521,45 +523,4 @@ fn forward_refuses_bad_inputs_and_writes_nothing() {
 
 fn bytes_len(bytes: &[u8]) -> usize {
     bytes.len() / 8
-}
-
-#[test]
-fn generation_that_cannot_be_done_is_refused_by_name() {
-    let dir = format!("{GOLDENS}/causal/llama");
-    for (arguments, names) in [
-        (&["--model", &dir, " "][..], &["the prompt is empty"][..]),
-        (&["hello"], &["--model is absent", "a GGUF file"]),
-        (
-            &["--model", &dir, "--temperature", "-1", "hello"],
-            &["temperature is -1", "0.001 to 1000"],
-        ),
-        (
-            &["--model", &dir, "--top-p", "0", "hello"],
-            &["top_p is 0", "above 0"],
-        ),
-        (&["--model", "/nowhere", "hello"], &["/nowhere"]),
-        (&["--model", &dir, "hello"], &["tokenizer.json"]),
-        (
-            &[
-                "--model",
-                concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"),
-                "hello",
-            ],
-            &["README.md", "GGUF"],
-        ),
-    ] {
-        refuses(&qkv(&[&["generate"], arguments].concat(), b""), names);
-    }
-    let translate = [
-        "translate",
-        "--model",
-        concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"),
-        "--to",
-        "fra",
-        "hi",
-    ];
-    refuses(
-        &qkv(&translate, b""),
-        &["README.md", "one file", "a directory"],
-    );
 }

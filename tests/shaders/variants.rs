@@ -1,20 +1,15 @@
-//! Every variant that plans and ops ask for through naga's parser and validator, within the limits that
-//! every device grants.
+//! Every variant of every kernel that plans and operations ask for.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::sync::OnceLock;
 
-use naga::valid::{Capabilities, ValidationFlags, Validator};
-use naga::{AddressSpace, StorageAccess, TypeInner};
 use qkv::Error;
-use qkv::attention::{Align, Options, Problem, Route, Stage, T5, Tensors, View, plan};
-use qkv::gpu::{Caps, CoopShape, DType, Gpu, Shader, Tensor, templates};
+use qkv::attention::{
+    Align, Candidate, Options, Problem, Route, Stage, T5, Tensors, View, plan, plan_with,
+};
+use qkv::gpu::{Caps, CoopShape, DType, Shader, Tensor};
 
-/// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 17_812;
-const TEXTS: usize = 14_330;
-/// Texts among them that no browser is given: cooperative matrices are naga's own extension.
-const COOP_TEXTS: usize = 485;
+use crate::gpu;
 
 const FLOATS: [&str; 2] = ["f32", "f16"];
 const BOTH: [bool; 2] = [false, true];
@@ -54,7 +49,7 @@ const MATRICES: [(Option<(u32, u32)>, (u32, bool)); 5] = [
 ];
 
 /// The shape of square matrices with f16 operands and f32 sums.
-fn matrix(m: u32) -> CoopShape {
+pub fn matrix(m: u32) -> CoopShape {
     CoopShape {
         m,
         n: m,
@@ -64,7 +59,7 @@ fn matrix(m: u32) -> CoopShape {
     }
 }
 
-const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+pub const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// The tensors that problems of every kind are made of.
 struct Parts {
@@ -161,8 +156,7 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
     let mut ask = |[q_len, d, dv]: [u32; 3],
                    types: [usize; 4],
                    dense,
-                   subgroups,
-                   matrices: Option<(u32, bool)>,
+                   (subgroups, matrices): (_, Option<(u32, bool)>),
                    changes: &[usize],
                    ragged| {
         let [q, k, v, out] = types;
@@ -214,21 +208,60 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
                 Err(other) => panic!("{other}"),
             }
             plans += 1;
+            let blocks = changes.iter().any(|ix| [15, 16].contains(ix));
+            if route == Route::Prefill && types[..3] == [1; 3] && !blocks {
+                options.f16_math = true;
+                let problem = Problem::new(&tensors, &options).unwrap();
+                let plan = plan(&problem, &caps).unwrap();
+                shaders.extend(plan.launches.into_iter().map(|launch| launch.shader));
+                options.f16_math = false;
+                plans += 1;
+            }
+        }
+        // What a measurement may choose instead.
+        (tensors.weights, options.route, options.splits) = (None, None, None);
+        let problem = Problem::new(&tensors, &options).unwrap();
+        let mut kernels = Candidate::kernels(&problem, &caps);
+        kernels.retain(|_| changes.len() < 2);
+        for kernel in kernels {
+            let most = if kernel.route == Route::Decode { 2 } else { 1 };
+            for splits in 1..=most {
+                let other = Some(Candidate { splits, ..kernel });
+                let plan = plan_with(&problem, &caps, other).unwrap();
+                shaders.extend(plan.launches.into_iter().map(|launch| launch.shader));
+                plans += 1;
+            }
         }
     };
     for mix in 0..81 {
         let types = [mix % 3, mix / 3 % 3, mix / 9 % 3, mix / 27];
         for dense in BOTH {
             for subgroups in [SUBGROUPS[1], None] {
-                ask([9, 12, 20], types, dense, subgroups, None, &[], false);
+                let device = (subgroups, None);
+                ask([9, 12, 20], types, dense, device, &[], false);
             }
         }
     }
     for [d, dv] in DIMS {
         for q_len in [1, 2, 4, 9] {
             for subgroups in SUBGROUPS {
-                ask([q_len, d, dv], [0; 4], true, subgroups, None, &[], false);
+                let device = (subgroups, None);
+                ask([q_len, d, dv], [0; 4], true, device, &[], false);
             }
+        }
+    }
+    // What `prefill` multiplies in f16.
+    for subgroups in SUBGROUPS {
+        let device = (subgroups, None);
+        for [d, dv] in DIMS {
+            ask([9, d, dv], [1; 4], true, device, &[], false);
+        }
+    }
+    for option in (0..OPTIONS.len()).filter(|option| ![15, 16].contains(option)) {
+        for subgroups in [SUBGROUPS[1], None] {
+            let device = (subgroups, None);
+            let types = [1, 1, 1, 0];
+            ask([70, 12, 20], types, false, device, &[option], false);
         }
     }
     for first in 0..OPTIONS.len() {
@@ -243,54 +276,31 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
                 continue;
             }
             for subgroups in [SUBGROUPS[1], SUBGROUPS[3], None] {
-                ask([70, 12, 20], [0; 4], false, subgroups, None, changes, false);
+                let device = (subgroups, None);
+                ask([70, 12, 20], [0; 4], false, device, changes, false);
                 // Histories, lengths and pages are not to be had with ragged keys.
                 if ![5, 8, 14].iter().any(|ix| changes.contains(ix)) {
-                    ask([70, 12, 20], [0; 4], true, subgroups, None, changes, true);
+                    ask([70, 12, 20], [0; 4], true, device, changes, true);
                 }
             }
             for (subgroups, matrices) in MATRICES {
                 // The other forms differ in what no option changes.
                 if first == second || (subgroups, matrices) == MATRICES[0] {
-                    let matrices = Some(matrices);
-                    ask(
-                        [70, 12, 20],
-                        [1; 4],
-                        false,
-                        subgroups,
-                        matrices,
-                        changes,
-                        false,
-                    );
+                    let device = (subgroups, Some(matrices));
+                    ask([70, 12, 20], [1; 4], false, device, changes, false);
                     if ![5, 8, 14].iter().any(|ix| changes.contains(ix)) {
-                        ask(
-                            [70, 12, 20],
-                            [1; 4],
-                            true,
-                            subgroups,
-                            matrices,
-                            changes,
-                            true,
-                        );
+                        ask([70, 12, 20], [1; 4], true, device, changes, true);
                     }
                 }
             }
         }
     }
     for (subgroups, matrices) in MATRICES {
+        let device = (subgroups, Some(matrices));
         for [d, dv] in DIMS {
             for out in 0..3 {
                 for dense in BOTH {
-                    let types = [1, 1, 1, out];
-                    ask(
-                        [70, d, dv],
-                        types,
-                        dense,
-                        subgroups,
-                        Some(matrices),
-                        &[],
-                        false,
-                    );
+                    ask([70, d, dv], [1, 1, 1, out], dense, device, &[], false);
                 }
             }
         }
@@ -299,12 +309,12 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
 }
 
 /// Attention's variants.
-fn attention_variants() -> &'static HashSet<Shader> {
+pub fn attention_variants() -> &'static HashSet<Shader> {
     static ALL: OnceLock<HashSet<Shader>> = OnceLock::new();
     ALL.get_or_init(|| {
         let (mut all, plans, refused) = planned();
         println!("{plans} plans, {refused} refused");
-        assert_eq!((plans, refused), (13_716, 148));
+        assert_eq!((plans, refused), (24_417, 0));
         for ((dtype, lse), vec) in [
             ("f32", true),
             ("f32", false),
@@ -348,7 +358,7 @@ fn in_blocks(shader: &Shader) -> Vec<Shader> {
 }
 
 /// The variants of everything around attention.
-fn other_variants() -> Vec<Shader> {
+pub fn other_variants() -> Vec<Shader> {
     let mut all = Vec::new();
     for (kernel, rows) in [("matvec", &[1, 2, 4][..]), ("matmul", &[4, 8])] {
         for &rows in rows {
@@ -452,6 +462,12 @@ fn other_variants() -> Vec<Shader> {
         }
     }
     all.push(Shader::new("copy_page"));
+    for t in FLOATS {
+        for work in ["multiply_adds", "read", "copy"] {
+            let shader = Shader::new("limits").with("F16", t == "f16");
+            all.push(shader.with("T", t).with("WORK", work));
+        }
+    }
     for top_k in BOTH {
         for top_p in BOTH {
             all.push(
@@ -465,220 +481,4 @@ fn other_variants() -> Vec<Shader> {
         all.push(Shader::new("reorder").with("BEAMS", beams));
     }
     all
-}
-
-/// Bytes of each kernel's parameters on the host's side.
-fn params_bytes(kernel: &str) -> u32 {
-    match kernel {
-        "scores" | "softmax" | "values" | "prefill" | "prefill_coop" | "prefill_lanes"
-        | "decode" | "decode_lanes" | "merge" | "block_map" => 240,
-        "combine" => 64,
-        "append" => 48,
-        "embed" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "copy_page" | "sample" => 16,
-        other => panic!("{other} is not in the list"),
-    }
-}
-
-/// Parses, validates and measures one kernel; the error says what is wrong.
-fn check(kernel: &str, text: &str) -> Result<(), String> {
-    // Capabilities that extensions stand for, of which f16, subgroups and cooperative matrices are used; and
-    // unpacking f16 to f32, which is a capability to naga and every WebGPU device's.
-    let capabilities = Capabilities::SHADER_FLOAT16
-        | Capabilities::COOPERATIVE_MATRIX
-        | Capabilities::SUBGROUP
-        | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-    let mut options = naga::front::wgsl::Options::new();
-    options.capabilities = capabilities;
-    let module = naga::front::wgsl::Frontend::new_with_options(options)
-        .parse(text)
-        .map_err(|e| e.emit_to_string(text))?;
-    Validator::new(ValidationFlags::all(), capabilities)
-        .validate(&module)
-        .map_err(|e| e.emit_to_string(text))?;
-
-    let [entry] = module.entry_points.as_slice() else {
-        return Err(format!("{} entry points", module.entry_points.len()));
-    };
-    let threads: u32 = entry.workgroup_size.iter().product();
-    if entry.name != "main" || threads > 256 {
-        return Err(format!("{} with {threads} threads", entry.name));
-    }
-    let (mut workgroup, mut storage, mut written, mut bindings) = (0, 0, 0, Vec::new());
-    for (_, variable) in module.global_variables.iter() {
-        let inner = &module.types[variable.ty].inner;
-        match variable.space {
-            AddressSpace::WorkGroup => workgroup += inner.size(module.to_ctx()),
-            AddressSpace::Storage { access } => {
-                storage += 1;
-                written += u32::from(access.contains(StorageAccess::STORE));
-            }
-            AddressSpace::Uniform => {
-                let (is, wanted) = (inner.size(module.to_ctx()), params_bytes(kernel));
-                if is != wanted || !matches!(inner, TypeInner::Struct { .. }) {
-                    return Err(format!("parameters of {is} bytes for {wanted}"));
-                }
-            }
-            space => return Err(format!("a variable in {space:?}")),
-        }
-        if let Some(binding) = &variable.binding {
-            assert_eq!(binding.group, 0);
-            bindings.push(binding.binding);
-        }
-    }
-    // Where no more is offered: WebGPU's least limits, and what devices with cooperative matrices have.
-    let memory = match kernel {
-        "prefill_coop" => 32_768,
-        _ => 16_384,
-    };
-    if workgroup > memory || storage > 8 {
-        return Err(format!(
-            "{workgroup} bytes of workgroup memory, {storage} storage buffers"
-        ));
-    }
-    if written == 0 {
-        return Err("nothing is written".into());
-    }
-    if bindings != (0..=storage).collect::<Vec<u32>>() {
-        return Err(format!("bindings {bindings:?}"));
-    }
-    Ok(())
-}
-
-#[test]
-fn every_variant_of_every_kernel_is_valid() {
-    let templates = templates();
-    let mut counts = BTreeMap::new();
-    // Constants that a text does not use make variants of equal text: each text is checked once.
-    let (mut texts, mut coop_texts) = (HashSet::new(), 0);
-    for shader in attention_variants().iter().cloned().chain(other_variants()) {
-        let text = shader
-            .expand(&templates)
-            .unwrap_or_else(|e| panic!("{shader:?}: {e}"));
-        *counts.entry(shader.kernel).or_insert(0) += 1;
-        if texts.insert(text.clone()) {
-            coop_texts += usize::from(shader.kernel == "prefill_coop");
-            if let Err(e) = check(shader.kernel, &text) {
-                panic!("{shader:?}: {e}");
-            }
-        }
-    }
-    let all: usize = counts.values().sum();
-    let texts = texts.len();
-    println!("{all} variants, {texts} texts, {coop_texts} of matrices: {counts:?}");
-    assert_eq!((all, texts, coop_texts), (VARIANTS, TEXTS, COOP_TEXTS));
-}
-
-/// Writes what browsers are given, each text once, for tests/dawn/check.mjs to hold against their compiler.
-#[test]
-#[ignore = "for tests/dawn/check, which names a folder"]
-fn texts_for_browsers() {
-    let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
-    let folder = std::path::Path::new(&folder);
-    let mut templates = templates();
-    templates.add_global("BROWSER", true);
-    let mut texts = BTreeSet::new();
-    for shader in attention_variants().iter().cloned().chain(other_variants()) {
-        if shader.kernel != "prefill_coop" {
-            texts.insert((shader.kernel, shader.expand(&templates).unwrap()));
-        }
-    }
-    for (ix, (kernel, text)) in texts.iter().enumerate() {
-        std::fs::write(folder.join(format!("{ix:04}-{kernel}.wgsl")), text).unwrap();
-    }
-    std::fs::write(folder.join("count"), texts.len().to_string()).unwrap();
-    println!("{} texts", texts.len());
-    assert_eq!(texts.len(), TEXTS - COOP_TEXTS);
-}
-
-/// Writes `prefill` and `decode` as planned for a device with 64 lanes and for one with 8 to 32, for
-/// benches/peers/compilers.py: 32 query heads on 8 KV heads, D 64 and 128, f32 and f16.
-#[test]
-#[ignore = "for benches/peers/compilers.py; QKV_TEXTS names a folder"]
-fn texts_for_compilers() {
-    let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
-    let mut caps = gpu().caps().without_f16();
-    (caps.f16, caps.software) = (true, false);
-    for (lanes, subgroups, m) in [
-        ("64", (64, 64), None),
-        ("8-32", (8, 32), None),
-        ("64 (matrices)", (32, 64), Some(16)),
-    ] {
-        caps.subgroups = Some(subgroups);
-        caps.cooperative = m.into_iter().map(matrix).collect();
-        for (d, dtype) in [64, 128]
-            .into_iter()
-            .flat_map(|d| TYPES[..2].iter().map(move |t| (d, *t)))
-        {
-            for (route, q_len) in [(Route::Prefill, 512), (Route::Decode, 1)] {
-                let make = |h, l| gpu().empty("tensor", dtype, &[1, h, l, d]).unwrap();
-                let [q, k, v, out] = [make(32, q_len), make(8, 512), make(8, 512), make(32, q_len)];
-                let view = |tensor| View::bhld(tensor).unwrap();
-                let tensors = Tensors::new(view(&q), view(&k), view(&v), view(&out));
-                let options = Options {
-                    route: Some(route),
-                    ..Options::default()
-                };
-                let plan = plan(&Problem::new(&tensors, &options).unwrap(), &caps).unwrap();
-                let coop = plan.launches[0].shader.kernel == "prefill_coop";
-                if coop != m.is_some() {
-                    continue;
-                }
-                let text = plan.launches[0].shader.expand(&templates()).unwrap();
-                let name = format!(
-                    "{}-{}-{d}-{lanes}.wgsl",
-                    format!("{route:?}").to_lowercase(),
-                    dtype.name()
-                );
-                std::fs::write(std::path::Path::new(&folder).join(name), text).unwrap();
-            }
-        }
-    }
-}
-
-#[test]
-fn every_file_of_a_kernel_is_in_the_list() {
-    let known: HashSet<&str> = attention_variants()
-        .iter()
-        .chain(&other_variants())
-        .map(|shader| shader.kernel)
-        .collect();
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|ending| ending == "wgsl") {
-            let name = path.file_stem().unwrap().to_str().unwrap();
-            assert!(known.contains(name), "{name}");
-        }
-    }
-}
-
-#[test]
-fn bad_kernels_are_objected_to() {
-    let good = "struct Params { m: u32, n: u32, k: u32, w_stride: u32 }
-@group(0) @binding(0) var<uniform> P: Params;
-@group(0) @binding(1) var<storage, read_write> y: array<f32>;
-var<workgroup> wg: array<f32, 64>;
-@compute @workgroup_size(64) fn main() { wg[0] = 0.0; y[P.m] = wg[0]; }";
-    assert_eq!(check("matmul", good), Ok(()));
-    for (from, to, word) in [
-        ("y[P.m] =", "z[P.m] =", "no definition"),
-        ("wg[0] = 0.0", "wg[0] = 0u", ""),
-        ("array<f32, 64>", "array<f32, 4097>", "16388 bytes"),
-        ("workgroup_size(64)", "workgroup_size(257)", "257 threads"),
-        ("k: u32, w_stride", "w_stride", "12 bytes for 16"),
-        ("binding(1)", "binding(2)", "bindings [0, 2]"),
-        ("read_write", "read", ""),
-        ("struct Params", "enable subgroups;\nstruct Params", ""),
-        ("fn main()", "fn other()", "other"),
-    ] {
-        assert!(good.contains(from));
-        let said = check("matmul", &good.replace(from, to)).expect_err(to);
-        assert!(said.contains(word), "{to}: {said}");
-    }
-}
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new().expect("a device: see scripts/with-gpu"))
 }

@@ -1,0 +1,295 @@
+//! `qkv bench`: attention verified, then timed on the device's clock, beside what the device does at most.
+
+mod html;
+mod measure;
+mod plots;
+mod report;
+mod shape;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use qkv::attention::Route;
+use qkv::gpu::{self, Gpu, Stream, adapters};
+use qkv::{Error, Result};
+
+use super::attend::route_name;
+use super::{Device, progress, say, write_whole};
+use measure::Inputs;
+pub use report::{Entry, Facts, Report};
+use report::{Limits, Rates, Refused};
+use shape::{Shape, Suite};
+
+#[derive(Args)]
+pub struct Options {
+    /// Sizes, as in 1,8,8,512,512,64,causal,f16; without any, and without --suite, prefill and decode
+    #[arg(value_name = "B,H,Hk,Q,K,D[,causal][,f16]")]
+    shapes: Vec<Shape>,
+    /// Shapes of ours, in f32 and f16
+    #[arg(long, value_enum, value_delimiter = ',')]
+    suite: Vec<Suite>,
+    /// The ways to compute them; the plan's own choice if not given, for the suite `lengths` all
+    #[arg(long, value_enum, value_delimiter = ',')]
+    routes: Vec<RouteName>,
+    /// About how long each route is timed on each shape
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = seconds)]
+    seconds: f64,
+    /// Everything measured, for `qkv compare`
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// A line a figure
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// A page to look at
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum RouteName {
+    Planned,
+    ThreePass,
+    Prefill,
+    Decode,
+    All,
+}
+
+fn seconds(text: &str) -> std::result::Result<f64, String> {
+    let n: f64 = text.parse().map_err(|_| "not a number".to_string())?;
+    match (0.0..=3600.0).contains(&n) {
+        true => Ok(n),
+        false => Err("from 0 to 3600".into()),
+    }
+}
+
+impl Options {
+    /// The shapes and, of each, the routes.
+    fn work(&self, has_f16: bool) -> Vec<(Shape, Vec<Option<Route>>)> {
+        let all = Route::ALL.map(Some).to_vec();
+        let planned = match self.routes.as_slice() {
+            [] => vec![None],
+            names => names.iter().fold(Vec::new(), |mut routes, name| {
+                let more = match name {
+                    RouteName::Planned => vec![None],
+                    RouteName::ThreePass => vec![Some(Route::ThreePass)],
+                    RouteName::Prefill => vec![Some(Route::Prefill)],
+                    RouteName::Decode => vec![Some(Route::Decode)],
+                    RouteName::All => all.clone(),
+                };
+                for route in more {
+                    if !routes.contains(&route) {
+                        routes.push(route);
+                    }
+                }
+                routes
+            }),
+        };
+        let mut work: Vec<_> = self
+            .shapes
+            .iter()
+            .map(|&shape| (shape, planned.clone()))
+            .collect();
+        let suites = match (self.suite.as_slice(), self.shapes.as_slice()) {
+            ([], []) => &[Suite::Prefill, Suite::Decode],
+            (suites, _) => suites,
+        };
+        for suite in suites {
+            let routes = match suite {
+                Suite::Lengths if self.routes.is_empty() => &all,
+                _ => &planned,
+            };
+            for shape in suite.shapes(has_f16) {
+                work.push((shape, routes.clone()));
+            }
+        }
+        work
+    }
+}
+
+/// Exit code 1 where an answer is wrong.
+pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
+    let gpu = device.open()?;
+    let work = options.work(gpu.caps().f16);
+    if let Some((shape, _)) = work.iter().find(|(shape, _)| shape.f16 && !gpu.caps().f16) {
+        let bound = "f32: this device has no f16 in shaders";
+        return Err(Error::refused("a shape", shape, bound));
+    }
+    let stream = Stream::new(&gpu)?;
+    let measured = stream.limits(&gpu)?;
+    let mut report = Report {
+        qkv: env!("CARGO_PKG_VERSION").into(),
+        device: facts(&gpu, device.wanted)?,
+        limits: limits(&measured),
+        entries: Vec::new(),
+        refused: Vec::new(),
+    };
+    say(format_args!("{}", heading(&report)))?;
+
+    let flush = stream.reading(&gpu)?;
+    let bar = progress(work.len() as u64, "{bar:30} {pos} of {len} shapes, {msg}");
+    let mut is_wrong = false;
+    for (shape, routes) in work {
+        bar.set_message(shape.to_string());
+        let inputs = Inputs::new(&gpu, shape)?;
+        let mut ways = Vec::new();
+        for route in routes {
+            let name = route.map_or("planned", route_name);
+            let why = match inputs.way(route) {
+                Ok(way) => match &way.verdict {
+                    Ok(_) => {
+                        ways.push(way);
+                        continue;
+                    }
+                    Err(said) => {
+                        is_wrong = true;
+                        format!("WRONG: {said}")
+                    }
+                },
+                Err(error @ (Error::Refused { .. } | Error::OutOfMemory(_))) => error.to_string(),
+                Err(error) => return Err(error),
+            };
+            bar.suspend(|| say(format_args!("{:30}{name:11}{why}\n", shape.to_string())))?;
+            report.refused.push(Refused {
+                shape,
+                route: name.into(),
+                why,
+            });
+        }
+        // The plan's choice may be one of the routes that were asked for.
+        let mut seen = Vec::new();
+        ways.retain(|way| {
+            let new = !seen.contains(&way.plan.launches);
+            seen.push(way.plan.launches.clone());
+            new
+        });
+        let entries = match ways.is_empty() {
+            true => Vec::new(),
+            false => inputs.time(&ways, &flush, &measured, options.seconds)?,
+        };
+        for entry in &entries {
+            bar.suspend(|| say(format_args!("{}\n", line(entry))))?;
+        }
+        report.entries.extend(entries);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    gpu.save_pipelines();
+
+    if let Some(path) = &options.json {
+        let json = serde_json::to_string_pretty(&report).map_err(|e| Error::file(path, e))?;
+        write(path, format!("{json}\n"))?;
+    }
+    if let Some(path) = &options.csv {
+        write(path, report.csv())?;
+    }
+    if let Some(path) = &options.html {
+        write(path, html::page(&report)?)?;
+    }
+    Ok(ExitCode::from(u8::from(is_wrong)))
+}
+
+fn write(path: &Path, text: String) -> Result<()> {
+    write_whole(path, |part| {
+        std::fs::write(part, text).map_err(|e| Error::file(path, e))
+    })
+}
+
+fn facts(gpu: &Gpu, device: Option<&str>) -> Result<Facts> {
+    let adapters = adapters(device)?;
+    let chosen = adapters
+        .into_iter()
+        .find(|adapter| adapter.chosen.is_some());
+    let chosen = chosen.ok_or_else(|| Error::NoAdapter("the device is gone".into()))?;
+    let caps = gpu.caps();
+    Ok(Facts {
+        name: caps.name.clone(),
+        kind: chosen.kind.into(),
+        backend: chosen.backend,
+        driver: chosen.driver,
+        subgroups: caps.subgroups,
+        f16: caps.f16,
+        workgroup_memory: caps.workgroup_memory,
+        max_binding: caps.max_binding,
+        timestamps: caps.timestamps,
+    })
+}
+
+fn limits(measured: &gpu::Limits) -> Limits {
+    let rates = |rates: gpu::Rates| Rates {
+        gflops: rates.flops / 1e9,
+        read_gb_s: rates.read / 1e9,
+        copy_gb_s: rates.copy / 1e9,
+    };
+    Limits {
+        f32: rates(measured.f32),
+        f16: measured.f16.map(rates),
+    }
+}
+
+/// A rate of so many thousand million operations, in words.
+fn flops(gflops: f64) -> String {
+    match gflops {
+        n if n >= 1e3 => format!("{:.2} TFLOP/s", n / 1e3),
+        n => format!("{n:.1} GFLOP/s"),
+    }
+}
+
+fn heading(report: &Report) -> String {
+    let device = &report.device;
+    let mut text = format!("{} ({}, {})\n", device.name, device.driver, device.backend);
+    let mut rates = vec![("f32", report.limits.f32)];
+    rates.extend(report.limits.f16.map(|rates| ("f16", rates)));
+    for (name, rates) in rates {
+        text += &format!(
+            "limits in {name}: {} of multiply-adds, reads {:.1} GB/s, copies {:.1} GB/s\n",
+            flops(rates.gflops),
+            rates.read_gb_s,
+            rates.copy_gb_s
+        );
+    }
+    if !device.timestamps {
+        text += "times are by the host's clock: the device has none\n";
+    }
+    text + &format!(
+        "\n{:30}{:12}{:>11}{:>7}{:>16}{:>8}{:>7}{:>10}{:>10}{:>7}\n",
+        "B,H,Hk,Q,K,D",
+        "route",
+        "median ms",
+        "+-",
+        "rate",
+        "share",
+        "ratio",
+        "host ms",
+        "first ms",
+        "error"
+    )
+}
+
+/// What bounds a shape, at the rate that was reached.
+fn line_rate(entry: &Entry) -> String {
+    match entry.shape.is_decode() {
+        true => format!("{:.2} GB/s", entry.gb_s),
+        false => flops(entry.gflops),
+    }
+}
+
+/// The figures of an entry; no rate where it is too noisy for one.
+fn line(entry: &Entry) -> String {
+    let noise = entry.ms.noise() * 100.0;
+    let (rate, share) = match entry.ms.is_noisy() {
+        true => ("too noisy".into(), String::new()),
+        false => (line_rate(entry), format!("{:.0} %", entry.share * 100.0)),
+    };
+    let star = if entry.chosen { " *" } else { "" };
+    let ratio = entry.ratio.map_or(String::new(), |n| format!("{n:.2}"));
+    format!(
+        "{:30}{:12}{:11.4}{noise:5.0} %{rate:>16}{share:>8}{ratio:>7}{:10.3}{:10.0}{:7.3}",
+        entry.shape.to_string(),
+        format!("{}{star}", entry.route),
+        entry.ms.median,
+        entry.host_ms,
+        entry.first_ms,
+        entry.error,
+    )
+}

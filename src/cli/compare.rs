@@ -1,0 +1,91 @@
+//! `qkv compare`: two runs of `qkv bench --json` beside each other.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use qkv::Result;
+
+use super::bench::{Entry, Facts, Report};
+use super::say;
+
+#[derive(Args)]
+pub struct Options {
+    /// The run before
+    #[arg(value_name = "A.json")]
+    before: PathBuf,
+    /// The run after
+    #[arg(value_name = "B.json")]
+    after: PathBuf,
+}
+
+/// Both runs' noise is what a ratio has to exceed; below this neither run's own noise is believed.
+const LEAST_NOISE: f64 = 0.02;
+
+/// What may be said of two figures.
+#[derive(Debug, PartialEq)]
+enum Change {
+    Faster,
+    Slower,
+    Same,
+    Noisy,
+}
+
+fn change(before: &Entry, after: &Entry) -> Change {
+    if before.ms.is_noisy() || after.ms.is_noisy() {
+        return Change::Noisy;
+    }
+    let ratio = after.ms.median / before.ms.median;
+    let noise = (before.ms.noise() + after.ms.noise()).max(LEAST_NOISE);
+    match ratio {
+        ratio if ratio > 1.0 + noise => Change::Slower,
+        ratio if ratio < 1.0 / (1.0 + noise) => Change::Faster,
+        _ => Change::Same,
+    }
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    let before = Report::load(&options.before)?;
+    let after = Report::load(&options.after)?;
+    if before.device != after.device {
+        let [a, b] = [&before, &after].map(|run| &run.device);
+        let line = |d: &Facts| format!("{}, {}, {}", d.name, d.driver, d.backend);
+        say(format_args!(
+            "not the same device:\n  {}\n  {}\n",
+            line(a),
+            line(b)
+        ))?;
+    }
+    say(format_args!(
+        "{:32}{:12}{:>12}{:>12}{:>8}\n",
+        "B,H,Hk,Q,K,D", "route", "before, ms", "after, ms", "ratio"
+    ))?;
+    let mut counts = [0; 4];
+    let mut alone = 0;
+    for a in &before.entries {
+        let twin = |b: &&Entry| b.shape == a.shape && b.route == a.route;
+        let Some(b) = after.entries.iter().find(twin) else {
+            alone += 1;
+            continue;
+        };
+        let (ix, word) = match change(a, b) {
+            Change::Faster => (0, "faster"),
+            Change::Slower => (1, "slower"),
+            Change::Same => (2, ""),
+            Change::Noisy => (3, "too noisy to tell"),
+        };
+        counts[ix] += 1;
+        let (shape, route) = (a.shape.to_string(), &a.route);
+        let (x, y) = (a.ms.median, b.ms.median);
+        let line = format!("{shape:32}{route:12}{x:12.4}{y:12.4}{:8.3}  {word}", y / x);
+        say(format_args!("{}\n", line.trim_end()))?;
+    }
+    let found = |b: &&Entry| {
+        let mut all = before.entries.iter();
+        all.any(|a| b.shape == a.shape && b.route == a.route)
+    };
+    alone += after.entries.len() - after.entries.iter().filter(found).count();
+    let [faster, slower, same, noisy] = counts;
+    say(format_args!(
+        "\n{faster} faster, {slower} slower, {same} the same within noise, {noisy} too noisy, {alone} in one run only\n"
+    ))
+}

@@ -1,0 +1,181 @@
+//! A wrong kernel is seen, remembered and never chosen.
+
+use super::*;
+use crate::attention::{Options, Problem, Tensors, View, plan};
+use crate::gpu::CoopShape;
+
+fn gpu() -> Gpu {
+    Gpu::open(None).expect("a device: see scripts/with-gpu")
+}
+
+/// The kernels that a plan takes for a few queries and for many.
+fn chosen(gpu: &Gpu, dtype: DType) -> Result<Vec<&'static str>> {
+    let mut kernels = Vec::new();
+    for q_len in [1, 64] {
+        let tensor = |len| gpu.empty("tensor", dtype, &[1, 2, len, 16]);
+        let [q, k, out] = [tensor(q_len)?, tensor(64)?, tensor(q_len)?];
+        let view = View::bhld;
+        let tensors = Tensors::new(view(&q)?, view(&k)?, view(&k)?, view(&out)?);
+        let plan = plan(&Problem::new(&tensors, &Options::default())?, gpu.caps())?;
+        kernels.extend(plan.launches.iter().map(|launch| launch.shader.kernel));
+    }
+    Ok(kernels)
+}
+
+/// A shuffle that hands out the wrong lane's value.
+const WRONG_SHUFFLE: [&str; 3] = [
+    "decode_lanes",
+    "subgroupShuffle(p_{{ r }}_{{ e }}, team_lane + n)",
+    "subgroupShuffle(p_{{ r }}_{{ e }}, team_lane)",
+];
+
+/// Products that are wrong in variants with f16 alone.
+const WRONG_F16: [&str; 3] = [
+    "decode_lanes",
+    "+= dot(q_{{ r }}, x_{{ e }});",
+    "+= {% if F16 %}1.01 * {% endif %}dot(q_{{ r }}, x_{{ e }});",
+];
+
+/// What a compiler refuses.
+const NO_WGSL: [&str; 3] = ["prefill_lanes", "fn main(", "fn main(("];
+
+#[test]
+fn a_wrong_kernel_is_seen_remembered_and_never_chosen() {
+    let gpu = gpu();
+    let lanes = |kernels: &[&str]| kernels.iter().any(|kernel| kernel.ends_with("_lanes"));
+    if !lanes(&chosen(&gpu, DType::F32).unwrap()) {
+        return println!("this device has no such kernels");
+    }
+    for [kernel, from, to] in [WRONG_SHUFFLE, NO_WGSL] {
+        let folder = tempfile::tempdir().unwrap();
+        let found = consult(&gpu.planted(kernel, from, to), Some(folder.path()));
+        let Finding::Wrong(said) = &found.subgroups else {
+            panic!("{kernel} passed: {found:?}");
+        };
+        println!("{said}");
+        // What is remembered is not looked at again: the whole device would pass.
+        let again = consult(&gpu, Some(folder.path()));
+        assert_eq!(again, found);
+        let narrow = again.narrow(&gpu);
+        assert_eq!(narrow.caps().subgroups, None);
+        assert!(!lanes(&chosen(&narrow, DType::F32).unwrap()));
+        // The other power is as it was.
+        assert_eq!(narrow.caps().f16, gpu.caps().f16);
+    }
+}
+
+#[test]
+fn wrong_f16_is_taken_and_subgroups_are_left() {
+    let gpu = gpu();
+    let kernels = chosen(&gpu, DType::F16);
+    if !kernels.is_ok_and(|kernels| kernels.contains(&WRONG_F16[0])) {
+        return println!("this device has no such kernels");
+    }
+    let [kernel, from, to] = WRONG_F16;
+    let folder = tempfile::tempdir().unwrap();
+    let found = consult(&gpu.planted(kernel, from, to), Some(folder.path()));
+    assert_eq!(found.subgroups, Finding::Right);
+    assert!(matches!(found.f16, Finding::Wrong(_)), "{found:?}");
+    let narrow = consult(&gpu, Some(folder.path())).narrow(&gpu);
+    assert_eq!(narrow.caps(), &gpu.caps().without_f16());
+    let refused = chosen(&narrow, DType::F16).unwrap_err().to_string();
+    assert!(refused.contains("f16"), "{refused}");
+}
+
+/// O that is not rescaled where its maximum moved.
+const WRONG_MATRICES: [&str; 3] = [
+    "prefill_coop",
+    "wg_s[at + 3u]) * shrink;",
+    "wg_s[at + 3u]);",
+];
+
+#[test]
+fn matrices_are_used_only_once_they_are_known_to_be_right() {
+    let gpu = gpu();
+    if !gpu.caps().f16 || gpu.caps().subgroups.is_none() {
+        return println!("this device has no such kernels");
+    }
+    let square = |m| CoopShape {
+        m,
+        n: m,
+        k: m,
+        ab: "f16".into(),
+        cr: "f32".into(),
+    };
+    let gpu = gpu.narrowed(Caps {
+        cooperative: vec![square(16)],
+        plain_matrices: true,
+        ..gpu.caps().clone()
+    });
+    let takes_matrices =
+        |gpu: &Gpu| chosen(gpu, DType::F16).is_ok_and(|all| all.contains(&"prefill_coop"));
+    assert!(takes_matrices(&gpu));
+    assert!(!takes_matrices(&Verdict::default().narrow(&gpu)));
+
+    let folder = tempfile::tempdir().unwrap();
+    let found = consult(&gpu, Some(folder.path()));
+    assert_eq!(found.matrices, Finding::Right);
+    assert!(takes_matrices(&found.narrow(&gpu)));
+
+    let folder = tempfile::tempdir().unwrap();
+    let [kernel, from, to] = WRONG_MATRICES;
+    let found = consult(&gpu.planted(kernel, from, to), Some(folder.path()));
+    assert!(matches!(found.matrices, Finding::Wrong(_)), "{found:?}");
+    let again = consult(&gpu, Some(folder.path()));
+    assert_eq!(again, found);
+    let narrow = again.narrow(&gpu);
+    assert!(!takes_matrices(&narrow));
+    // The other powers are as they were.
+    assert_eq!(narrow.caps(), &gpu.caps().without_cooperative());
+}
+
+#[test]
+fn a_damaged_verdict_and_another_devices_are_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let wrong = Verdict {
+        subgroups: Finding::Wrong("row 3 of 7".into()),
+        f16: Finding::Right,
+        matrices: Finding::Unknown,
+    };
+    wrong.remember(folder.path(), "adapter A\n");
+    let known = Verdict::recall(folder.path(), "adapter A\n").unwrap();
+    assert_eq!(known.subgroups, Finding::Wrong("row 3 of 7".into()));
+    assert_eq!(known.f16, Finding::Right);
+    assert_eq!(known.matrices, Finding::Unknown);
+    assert_eq!(Verdict::recall(folder.path(), "adapter B\n"), None);
+
+    let files = std::fs::read_dir(folder.path()).unwrap();
+    let paths: Vec<PathBuf> = files.map(|file| file.unwrap().path()).collect();
+    let [path] = paths.as_slice() else {
+        panic!("one file, not {paths:?}");
+    };
+    let text = std::fs::read_to_string(path).unwrap();
+    let cut = (0..text.len()).map(|n| text[..n].to_string());
+    let changed = [
+        text.replace("shaders ", "shaders 1"),
+        text.replace("right", "fine"),
+        format!("{text}more\n"),
+    ];
+    for text in cut.chain(changed) {
+        std::fs::write(path, &text).unwrap();
+        let read = Verdict::recall(folder.path(), "adapter A\n");
+        assert_eq!(read, None, "{text:?}");
+    }
+}
+
+#[test]
+fn a_device_as_it_is_passes_and_keeps_its_powers() {
+    let gpu = gpu();
+    let folder = tempfile::tempdir().unwrap();
+    let started = Instant::now();
+    let found = consult(&gpu, Some(folder.path()));
+    let first = started.elapsed();
+    let started = Instant::now();
+    assert_eq!(consult(&gpu, Some(folder.path())), found);
+    println!(
+        "examined in {first:.2?}, recalled in {:.2?}",
+        started.elapsed()
+    );
+    assert!(found.covers(gpu.caps()), "{found:?}");
+    assert_eq!(found.narrow(&gpu).caps(), gpu.caps());
+}

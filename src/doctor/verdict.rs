@@ -1,0 +1,181 @@
+//! What was found of a device's powers, and where that is remembered.
+
+use std::path::{Path, PathBuf};
+
+use super::Check;
+use crate::attention::Route;
+use crate::gpu::{Caps, DType, Gpu, checksum, fingerprint, replace_file};
+
+/// What is known of a power.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Finding {
+    /// Nothing yet, or the device does not have it.
+    #[default]
+    Unknown,
+    /// Its kernels gave right answers.
+    Right,
+    /// What was wrong.
+    Wrong(String),
+}
+
+/// What is known of the powers that drivers get wrong.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// Subgroup operations.
+    pub subgroups: Finding,
+    /// `f16` in shaders and in storage.
+    pub f16: Finding,
+    /// Cooperative matrices, which no plan uses unless they are known to be right.
+    pub matrices: Finding,
+}
+
+impl Finding {
+    fn of<'a>(checks: impl Iterator<Item = &'a Check>) -> Finding {
+        let mut found = Finding::Unknown;
+        for check in checks {
+            match &check.outcome {
+                Ok(_) => found = Finding::Right,
+                Err(said) => {
+                    let (hard, route) = (check.hard.name(), check.route);
+                    // On one line, as it is remembered.
+                    let said: Vec<&str> = said.split_whitespace().collect();
+                    let said = said.join(" ");
+                    return Finding::Wrong(format!("{route:?} of `{hard}`: {said}"));
+                }
+            }
+        }
+        found
+    }
+
+    fn is_wrong(&self) -> bool {
+        matches!(self, Finding::Wrong(_))
+    }
+
+    fn line(&self) -> String {
+        match self {
+            Finding::Unknown => "unknown".into(),
+            Finding::Right => "right".into(),
+            Finding::Wrong(said) => format!("wrong {said}"),
+        }
+    }
+
+    fn parse(line: &str) -> Option<Finding> {
+        match line {
+            "unknown" => Some(Finding::Unknown),
+            "right" => Some(Finding::Right),
+            line => Some(Finding::Wrong(line.strip_prefix("wrong ")?.into())),
+        }
+    }
+}
+
+impl Verdict {
+    /// What follows from checks: `f16` is not to blame where subgroup operations are, and neither where
+    /// matrices are.
+    pub(super) fn of(checks: &[Check]) -> Verdict {
+        let is_f16 = |check: &Check| check.storage.contains(&DType::F16);
+        let lanes = |check: &Check| check.subgroups && check.route != Route::ThreePass;
+        let subgroups = Finding::of(
+            checks
+                .iter()
+                .filter(|&check| lanes(check) && !is_f16(check)),
+        );
+        let blameless = |check: &&Check| {
+            is_f16(check) && !check.matrices && !(lanes(check) && subgroups.is_wrong())
+        };
+        Verdict {
+            f16: Finding::of(checks.iter().filter(blameless)),
+            matrices: Finding::of(checks.iter().filter(|check| check.matrices)),
+            subgroups,
+        }
+    }
+
+    /// Whether each of these powers has been looked at.
+    pub(super) fn covers(&self, caps: &Caps) -> bool {
+        (caps.subgroups.is_none() || self.subgroups != Finding::Unknown)
+            && (!caps.f16 || self.f16 != Finding::Unknown)
+            && (self.matrices != Finding::Unknown || self.left(caps).matrices().is_none())
+    }
+
+    /// The powers that are not wrong.
+    pub(super) fn left(&self, caps: &Caps) -> Caps {
+        let mut left = caps.clone();
+        if self.subgroups.is_wrong() {
+            left = left.without_subgroups();
+        }
+        if self.f16.is_wrong() {
+            left = left.without_f16();
+        }
+        if self.matrices.is_wrong() {
+            left = left.without_cooperative();
+        }
+        left
+    }
+
+    /// The device without the powers that are wrong, of which a warning tells, and without matrices that
+    /// nobody has looked at.
+    pub(super) fn narrow(&self, gpu: &Gpu) -> Gpu {
+        let caps = gpu.caps();
+        for (power, there, finding) in [
+            ("subgroups", caps.subgroups.is_some(), &self.subgroups),
+            ("f16", caps.f16, &self.f16),
+            (
+                "cooperative matrices",
+                caps.matrices().is_some(),
+                &self.matrices,
+            ),
+        ] {
+            if there && finding.is_wrong() {
+                tracing::warn!(
+                    power,
+                    device = caps.name,
+                    ?finding,
+                    "kernels give wrong answers and are not used; `qkv doctor` looks again"
+                );
+            }
+        }
+        let mut left = self.left(caps);
+        if self.matrices != Finding::Right {
+            left = left.without_cooperative();
+        }
+        match left == *caps {
+            true => gpu.clone(),
+            false => gpu.narrowed(left),
+        }
+    }
+
+    /// What was remembered of a device; none where the file is absent, damaged, or of another version of
+    /// the crate, its shaders, the device or its driver.
+    pub(super) fn recall(folder: &Path, identity: &str) -> Option<Verdict> {
+        let header = header(identity);
+        let text = std::fs::read_to_string(path(folder, &header)).ok()?;
+        let mut lines = text.strip_prefix(&header)?.strip_suffix('\n')?.lines();
+        let mut finding = |name| Finding::parse(lines.next()?.strip_prefix(name)?);
+        let verdict = Verdict {
+            subgroups: finding("subgroups ")?,
+            f16: finding("f16 ")?,
+            matrices: finding("matrices ")?,
+        };
+        lines.next().is_none().then_some(verdict)
+    }
+
+    /// Keeps it for the next start. A failure costs time there and nothing else.
+    pub(super) fn remember(&self, folder: &Path, identity: &str) {
+        let header = header(identity);
+        let [subgroups, f16, matrices] =
+            [&self.subgroups, &self.f16, &self.matrices].map(Finding::line);
+        let text = format!("{header}subgroups {subgroups}\nf16 {f16}\nmatrices {matrices}\n");
+        if let Err(e) = replace_file(&path(folder, &header), text.as_bytes()) {
+            tracing::debug!("the verdict was not saved: {e}");
+        }
+    }
+}
+
+/// What a verdict holds for.
+fn header(identity: &str) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    format!("qkv {version}\nshaders {:016x}\n{identity}", fingerprint())
+}
+
+fn path(folder: &Path, header: &str) -> PathBuf {
+    folder.join(format!("verdict-{:016x}", checksum(header.as_bytes())))
+}

@@ -1,0 +1,342 @@
+//! One shape on the device, and what the answer must be.
+
+use super::{KEPT_GROUPS, LONG, Shape};
+use crate::attention::{Candidate, Options, Problem, Tensors, View, plan, record_as};
+use crate::gpu::{DType, Gpu, Recorder, Recording, Tensor};
+use crate::reference::{self, Attention, Offset};
+use crate::{Error, Result};
+
+/// Rows that are held against the oracle.
+const ROWS: u64 = 12;
+/// Multiply-adds that the oracle may take for them.
+const WORK: u64 = 1 << 25;
+
+/// A shape's tensors, and some rows of the answer.
+pub(super) struct Job<'a> {
+    pub(super) gpu: &'a Gpu,
+    shape: Shape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    mask: Option<Tensor>,
+    options: Options,
+    /// The oracle's rows, by number in `out`.
+    wanted: Vec<(usize, Vec<f64>)>,
+    /// What the first candidate that was right answered.
+    agreed: std::cell::RefCell<Option<Vec<f32>>>,
+}
+
+/// Numbers of variance about one, the same in every run, as the storage type holds them.
+fn noise(seed: u64, n: usize, dtype: DType) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        ((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 3.5
+    };
+    let round = |x: f32| match dtype {
+        DType::F16 => half::f16::from_f32(x).to_f32(),
+        DType::BF16 => half::bf16::from_f32(x).to_f32(),
+        _ => x,
+    };
+    (0..n).map(|_| round(next())).collect()
+}
+
+impl<'a> Job<'a> {
+    pub(super) fn new(gpu: &'a Gpu, shape: &Shape) -> Result<Job<'a>> {
+        let &Shape {
+            batch,
+            heads,
+            kv_heads,
+            q_len,
+            k_len,
+            head_dim,
+            value_dim,
+            dtype,
+            ..
+        } = shape;
+        let shapes = [
+            [batch, heads, q_len, head_dim],
+            [batch, kv_heads, k_len, head_dim],
+            [batch, kv_heads, k_len, value_dim],
+        ];
+        let values = [0, 1, 2].map(|ix| {
+            let n = shapes[ix].iter().map(|&n| n as usize).product();
+            noise(ix as u64 + 1, n, dtype)
+        });
+        let upload = |ix: usize| gpu.upload_floats("tuning", dtype, &shapes[ix], &values[ix]);
+        let seen = k_len - k_len / 4;
+        let cells = (0..k_len).map(|j| u8::from(j < seen));
+        let cells: Vec<u8> = cells.collect();
+        let mask = shape.masked;
+        let mask = mask.then(|| gpu.upload("mask", DType::Bool, &[1, 1, 1, k_len], &cells));
+        let mut job = Job {
+            gpu,
+            shape: *shape,
+            q: upload(0)?,
+            k: upload(1)?,
+            v: upload(2)?,
+            out: gpu.empty("out", dtype, &[batch, heads, q_len, value_dim])?,
+            mask: mask.transpose()?,
+            options: Options {
+                causal: shape.causal,
+                window: [shape.window, None],
+                ..Options::default()
+            },
+            wanted: Vec::new(),
+            agreed: Default::default(),
+        };
+        // Refuses what attention refuses, before the oracle is asked.
+        plan(&job.problem()?, gpu.caps())?;
+        job.wanted = job.oracle(&values);
+        Ok(job)
+    }
+
+    fn tensors(&self) -> Result<Tensors<'_>> {
+        let Shape {
+            batch,
+            heads,
+            q_len,
+            k_len,
+            ..
+        } = self.shape;
+        let cells = [batch, heads, q_len, k_len];
+        let mask = self.mask.as_ref();
+        let mask = mask.map(|mask| View::broadcast(mask, cells)).transpose()?;
+        let [q, k, v, out] = [&self.q, &self.k, &self.v, &self.out].map(View::bhld);
+        Ok(Tensors {
+            mask,
+            ..Tensors::new(q?, k?, v?, out?)
+        })
+    }
+
+    fn problem(&self) -> Result<Problem> {
+        Problem::new(&self.tensors()?, &self.options)
+    }
+
+    /// The problems that the answer holds for.
+    pub(super) fn bucket(&self) -> Result<String> {
+        let bucket = self.problem()?.bucket();
+        Ok(bucket.expect("a plain problem has a bucket"))
+    }
+
+    /// The kernels to try, the table's choice first.
+    pub(super) fn kernels(&self) -> Result<Vec<Candidate>> {
+        let kernels = Candidate::kernels(&self.problem()?, self.gpu.caps());
+        match kernels.is_empty() {
+            true => Err(Error::refused(
+                "a shape",
+                self.shape,
+                "one that kernels fit",
+            )),
+            false => Ok(kernels),
+        }
+    }
+
+    pub(super) fn other_splits(&self, candidate: Candidate) -> Result<Vec<Candidate>> {
+        Ok(candidate.other_splits(&self.problem()?, self.gpu.caps()))
+    }
+
+    /// A candidate's commands.
+    pub(super) fn record(&self, candidate: Candidate) -> Result<Recording> {
+        self.record_with(candidate, &self.options)
+    }
+
+    pub(super) fn record_with(&self, candidate: Candidate, options: &Options) -> Result<Recording> {
+        let mut recorder = Recorder::new(self.gpu);
+        record_as(&mut recorder, &self.tensors()?, options, candidate)?;
+        recorder.finish()
+    }
+
+    /// The same with fewer heads, where the table's choice takes long and those that are left still keep the
+    /// device busy.
+    pub(super) fn part(&self, table: &Recording) -> Result<Option<Job<'a>>> {
+        let mut seconds = self.gpu.time(table)?.as_secs_f64();
+        let kept = KEPT_GROUPS[usize::from(self.gpu.caps().software)];
+        let plan = plan(&self.problem()?, self.gpu.caps())?;
+        let groups = plan.launches.iter().map(|launch| launch.groups).max();
+        // Without splits, which are to be compared.
+        let mut groups = groups.unwrap_or(0) / u64::from(plan.splits);
+        let mut shape = self.shape;
+        while seconds > LONG && groups / 2 >= kept {
+            let Some(half) = shape.half() else { break };
+            let heads = |shape: &Shape| f64::from(shape.batch) * f64::from(shape.heads);
+            seconds *= heads(&half) / heads(&shape);
+            groups /= 2;
+            shape = half;
+        }
+        match shape == self.shape {
+            true => Ok(None),
+            false => Job::new(self.gpu, &shape).map(Some),
+        }
+    }
+
+    /// Some rows of the answer, from all over it, from the values of q, k and v.
+    fn oracle(&self, [q, k, v]: &[Vec<f32>; 3]) -> Vec<(usize, Vec<f64>)> {
+        let shape = &self.shape;
+        let (d, dv) = (shape.head_dim as usize, shape.value_dim as usize);
+        let (q_len, k_len) = (shape.q_len as usize, shape.k_len as usize);
+        let group = (shape.heads / shape.kv_heads) as usize;
+        let all = shape.batch as usize * shape.heads as usize * q_len;
+        let row_work = k_len as u64 * (d + dv) as u64;
+        let rows = (WORK / row_work).clamp(2, ROWS).min(all as u64) as usize;
+        let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+        let mask: Vec<bool> = (0..k_len).map(|j| j < k_len - k_len / 4).collect();
+        let numbers = (0..rows).map(|n| n * (all - 1) / (rows - 1).max(1));
+        let answers = numbers.map(|row| {
+            let kv = row / q_len / group * k_len;
+            let position = [(row % q_len + k_len) as i64 - q_len as i64];
+            let (q, k) = (wide(&q[row * d..][..d]), wide(&k[kv * d..][..k_len * d]));
+            let v = wide(&v[kv * dv..][..k_len * dv]);
+            let left = shape.window.map_or(-1, i64::from);
+            let want = reference::attention(&Attention {
+                causal: shape.causal,
+                window: (left, -1),
+                mask: shape.masked.then_some(&mask[..]),
+                offset: Offset::PerRow(&position),
+                ..Attention::new([1, 1, 1, d], [1, 1, k_len, dv], &q, &k, &v)
+            });
+            (row, want.out)
+        });
+        answers.collect()
+    }
+
+    /// Runs a candidate; or says in what its answer is wrong.
+    pub(super) fn check(&self, recording: &Recording) -> Result<std::result::Result<(), String>> {
+        // What is not written stays NaN, in every type.
+        let bytes = self.out.bytes() as usize / 4 * 4;
+        self.gpu.write(&self.out, &vec![0xff; bytes])?;
+        self.gpu.run(recording)?;
+        let got = self.gpu.read_floats(&self.out)?;
+        let dv = self.shape.value_dim as usize;
+        for (row, want) in &self.wanted {
+            let got = got[row * dv..][..dv].iter().map(|&x| f64::from(x));
+            if let Some(off) = self.off(got, want.iter().copied()) {
+                return Ok(Err(format!(
+                    "row {row} is off by {off:.1} times what is allowed"
+                )));
+            }
+        }
+        let mut agreed = self.agreed.borrow_mut();
+        let agreed = agreed.get_or_insert_with(|| got.clone());
+        for (row, (got, agreed)) in got.chunks(dv).zip(agreed.chunks(dv)).enumerate() {
+            let wide = |values: &'_ [f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+            // Each may be off from what is right.
+            let off = self.off(wide(got).into_iter(), wide(agreed).into_iter());
+            if let Some(off) = off.filter(|&off| off.is_nan() || off > 2.0) {
+                return Ok(Err(format!(
+                    "row {row} differs from the others' by {off:.1} times what is allowed"
+                )));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// How many times what is allowed a row is off, where it is off by more: the rounding of the result,
+    /// twice, and the errors of f32 sums, which grow with the square root of their length.
+    fn off(
+        &self,
+        got: impl Iterator<Item = f64>,
+        want: impl Iterator<Item = f64> + Clone,
+    ) -> Option<f64> {
+        let growth = (f64::from(self.shape.k_len) / 1024.0).sqrt().max(1.0);
+        let (atol, rtol) = match self.shape.dtype {
+            // Subnormals are 2^-24 apart.
+            DType::F16 => (2f64.powi(-24), 2f64.powi(-10)),
+            DType::BF16 => (0.0, 2f64.powi(-7)),
+            _ => (0.0, 0.0),
+        };
+        let top = want.clone().fold(0f64, |top, x| top.max(x.abs()));
+        let allowed = atol + 2e-6 * growth + (rtol + 2e-5 * growth) * top;
+        let errors = got
+            .zip(want)
+            .map(|(got, want)| (got - want).abs() / allowed);
+        // NaN is the worst, and stays.
+        let worst = errors.fold(0f64, |worst, error| {
+            match worst >= error || worst.is_nan() {
+                true => worst,
+                false => error,
+            }
+        });
+        (worst > 1.0 || worst.is_nan()).then_some(worst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::Caps;
+
+    #[test]
+    fn what_is_wrong_in_other_rows_only_differs_from_the_others() {
+        let gpu = Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned();
+        let mut job = Job::new(&gpu, &"1,1,1,40,40,8".parse().unwrap()).unwrap();
+        let candidate = job.kernels().unwrap()[0];
+        let right = job.record(candidate).unwrap();
+        let causal = Options {
+            causal: true,
+            ..Options::default()
+        };
+        let wrong = job.record_with(candidate, &causal).unwrap();
+        let said = job.check(&wrong).unwrap().unwrap_err();
+        assert!(said.contains("row 0 is off"), "{said}");
+        // The last row sees all keys either way.
+        job.wanted.retain(|(row, _)| *row == 39);
+        assert_eq!(job.wanted.len(), 1);
+        assert_eq!(job.check(&right).unwrap(), Ok(()));
+        let said = job.check(&wrong).unwrap().unwrap_err();
+        assert!(said.contains("row 0 differs"), "{said}");
+    }
+
+    #[test]
+    fn every_candidate_of_many_shapes_answers_right() {
+        let gpu = Gpu::new()
+            .expect("a device: see scripts/with-gpu")
+            .untuned();
+        let mut seen = std::collections::BTreeSet::new();
+        let mut tried = 0;
+        let own = gpu.caps().clone();
+        let none = own.without_subgroups();
+        // As on a device with workgroup memory of its own.
+        let hardware = Caps {
+            software: false,
+            ..own.clone()
+        };
+        let runs = [
+            (&own, "1,4,4,40,70,20"),
+            (&own, "2,2,2,33,300,40,dv=36,causal"),
+            (&own, "1,6,2,9,600,8,window=50,causal"),
+            (&own, "1,4,1,1,1100,16"),
+            (&own, "1,2,2,70,70,12,masked"),
+            (&none, "2,2,2,33,300,40,dv=36,causal"),
+            (&none, "1,2,1,2,1100,8"),
+            (&hardware, "1,2,2,17,40,20,causal"),
+        ];
+        for (caps, text) in runs {
+            let gpu = gpu.narrowed(caps.clone());
+            let job = Job::new(&gpu, &text.parse().unwrap()).unwrap();
+            let mut candidates = job.kernels().unwrap();
+            for candidate in candidates.clone() {
+                candidates.extend(job.other_splits(candidate).unwrap());
+            }
+            for candidate in candidates {
+                let recording = job.record(candidate).unwrap();
+                assert_eq!(
+                    job.check(&recording).unwrap(),
+                    Ok(()),
+                    "{text}: {candidate}"
+                );
+                let parsed: Candidate = candidate.to_string().parse().unwrap();
+                assert_eq!(parsed, candidate);
+                seen.insert(candidate.to_string());
+                tried += 1;
+            }
+        }
+        println!("{tried} tries of {} candidates", seen.len());
+        assert!(seen.len() >= 22, "{seen:?}");
+    }
+}
