@@ -70,6 +70,7 @@ const ODD: Candidate = Candidate {
     rows: 2,
     keys: 1,
     splits: 3,
+    f16_math: false,
 };
 
 #[test]
@@ -215,6 +216,8 @@ fn a_choice_that_does_not_fit_is_left() {
         "decode, 16 rows, 1 keys, 1 splits",
         "decode, 2 rows, 4 keys, 1 splits",
         "decode, 2 rows, 1 keys, 701 splits",
+        "prefill by matrices, 1 rows",
+        "prefill by maxima in f16, 2 rows",
     ] {
         assert!(!candidate(text).fits(&problem, &caps), "{text}");
         let mut recorder = Recorder::new(gpu());

@@ -8,7 +8,7 @@ use super::{Device, progress, say};
 
 #[derive(Args)]
 pub struct Options {
-    /// What to measure: numbers, then any of causal, window=N, masked, dv=N, and f32, f16 or bf16. Ten shapes
+    /// What to measure: numbers, then any of causal, window=N, masked, dv=N, f16-math, and f32, f16 or bf16. Ten shapes
     /// of prefill and decode in f32 and f16 if not given
     #[arg(long, value_name = "B,H,Hk,Q,K,D[,WORD...]", num_args = 1..)]
     shapes: Vec<String>,

@@ -66,7 +66,7 @@ impl Check {
             subgroups: gpu.caps().subgroups.is_some(),
             matrices: route == Route::Prefill
                 && prepared.storage == [DType::F16; 2]
-                && gpu.caps().matrices().is_some(),
+                && gpu.caps().matrix_rows().is_some(),
             outcome,
             time: started.elapsed(),
         })
@@ -114,8 +114,9 @@ const STORAGES: [([DType; 2], &[Hard]); 5] = [
 /// [`Error::NoAdapter`], [`Error::OutOfMemory`] and [`Error::DeviceLost`]; a wrong answer is none.
 pub fn examine(wanted: Option<&str>, see: &mut dyn FnMut(&Check)) -> Result<Report> {
     // By the table: what was tuned is another question.
-    let gpu = Gpu::open(wanted)?.untuned();
-    let claimed = gpu.caps().clone();
+    let opened = Gpu::open(wanted)?.untuned();
+    let claimed = opened.caps().with_matrices();
+    let gpu = opened.narrowed(claimed.clone());
     let all = (gpu.clone(), Route::ALL.as_slice());
     let fused = [Route::Prefill, Route::Decode];
     let mut checks = Vec::new();
@@ -130,11 +131,11 @@ pub fn examine(wanted: Option<&str>, see: &mut dyn FnMut(&Check)) -> Result<Repo
         if storage == [DType::F32; 2] && claimed.subgroups.is_some() {
             forms.push((gpu.narrowed(claimed.without_subgroups()), &fused));
         }
-        if f16 && claimed.matrices().is_some() {
-            forms.push((gpu.narrowed(claimed.without_cooperative()), &fused[..1]));
+        if f16 && claimed.matrix_rows().is_some() {
+            forms.push((gpu.narrowed(claimed.without_matrices()), &fused[..1]));
         }
         for &hard in problems {
-            if hard == Hard::Wide && claimed.matrices().is_none() {
+            if hard == Hard::Wide && claimed.matrix_rows().is_none() {
                 continue;
             }
             let prepared = Prepared::new(&gpu, hard, storage)?;
@@ -154,7 +155,7 @@ pub fn examine(wanted: Option<&str>, see: &mut dyn FnMut(&Check)) -> Result<Repo
     }
     known().insert(identity, verdict.clone());
     Ok(Report {
-        gpu: verdict.narrow(&gpu),
+        gpu: verdict.narrow(&opened),
         claimed,
         checks,
         verdict,
@@ -206,8 +207,8 @@ fn judge(gpu: &Gpu, verdict: &mut Verdict) -> Result<()> {
         verdict.f16 = Verdict::of(&checks).f16;
         gpu.alive()?;
     }
-    let left = verdict.left(claimed);
-    if left.matrices().is_some() && verdict.matrices == Finding::Unknown {
+    let left = verdict.left(claimed).with_matrices();
+    if left.matrix_rows().is_some() && verdict.matrices == Finding::Unknown {
         let gpu = gpu.narrowed(left).untuned();
         let checks = run(
             &gpu,

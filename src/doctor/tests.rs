@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::attention::{Options, Problem, Tensors, View, plan};
-use crate::gpu::CoopShape;
+use crate::gpu::{CoopShape, Matrices};
 
 fn gpu() -> Gpu {
     Gpu::open(None).expect("a device: see scripts/with-gpu")
@@ -104,7 +104,7 @@ fn matrices_are_used_only_once_they_are_known_to_be_right() {
     };
     let gpu = gpu.narrowed(Caps {
         cooperative: vec![square(16)],
-        plain_matrices: true,
+        matrices: Matrices::Plain,
         ..gpu.caps().clone()
     });
     let takes_matrices =
@@ -126,7 +126,7 @@ fn matrices_are_used_only_once_they_are_known_to_be_right() {
     let narrow = again.narrow(&gpu);
     assert!(!takes_matrices(&narrow));
     // The other powers are as they were.
-    assert_eq!(narrow.caps(), &gpu.caps().without_cooperative());
+    assert_eq!(narrow.caps(), &gpu.caps().without_matrices());
 }
 
 #[test]

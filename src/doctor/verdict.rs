@@ -93,7 +93,8 @@ impl Verdict {
     pub(super) fn covers(&self, caps: &Caps) -> bool {
         (caps.subgroups.is_none() || self.subgroups != Finding::Unknown)
             && (!caps.f16 || self.f16 != Finding::Unknown)
-            && (self.matrices != Finding::Unknown || self.left(caps).matrices().is_none())
+            && (self.matrices != Finding::Unknown
+                || self.left(caps).with_matrices().matrix_rows().is_none())
     }
 
     /// The powers that are not wrong.
@@ -106,13 +107,12 @@ impl Verdict {
             left = left.without_f16();
         }
         if self.matrices.is_wrong() {
-            left = left.without_cooperative();
+            left = left.without_matrices();
         }
         left
     }
 
-    /// The device without the powers that are wrong, of which a warning tells, and without matrices that
-    /// nobody has looked at.
+    /// The device without the powers that are wrong, of which a warning tells, and with matrices that are right.
     pub(super) fn narrow(&self, gpu: &Gpu) -> Gpu {
         let caps = gpu.caps();
         for (power, there, finding) in [
@@ -120,7 +120,7 @@ impl Verdict {
             ("f16", caps.f16, &self.f16),
             (
                 "cooperative matrices",
-                caps.matrices().is_some(),
+                !caps.cooperative.is_empty(),
                 &self.matrices,
             ),
         ] {
@@ -133,13 +133,13 @@ impl Verdict {
                 );
             }
         }
-        let mut left = self.left(caps);
-        if self.matrices != Finding::Right {
-            left = left.without_cooperative();
-        }
+        let left = match self.matrices {
+            Finding::Right => self.left(caps).with_matrices(),
+            _ => self.left(caps).without_matrices(),
+        };
         match left == *caps {
             true => gpu.clone(),
-            false => gpu.narrowed(left),
+            false => gpu.confined(left),
         }
     }
 

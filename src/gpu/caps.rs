@@ -20,6 +20,19 @@ pub struct CoopShape {
 pub(crate) const MATRIX_SUBGROUPS: u32 = 4;
 const MATRIX_MEMORY: u32 = 32 << 10;
 
+/// What kernels for cooperative matrices multiply on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Matrices {
+    /// Such kernels are not used: nobody has seen them give right answers here.
+    #[default]
+    Unused,
+    /// The device's matrices, which were right.
+    Used,
+    /// Plain loops, which any device with `f16` and subgroups has: slower than its other kernels, and how those
+    /// for matrices are tested where there are none.
+    Plain,
+}
+
 /// The powers and limits of a device. Sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caps {
@@ -29,11 +42,10 @@ pub struct Caps {
     pub f16: bool,
     /// Smallest and largest subgroup size, where subgroup operations exist.
     pub subgroups: Option<(u32, u32)>,
-    /// Cooperative-matrix shapes that kernels may use: none where a check of them failed.
+    /// Cooperative-matrix shapes.
     pub cooperative: Vec<CoopShape>,
-    /// Whether kernels for these shapes compute with plain loops instead, which any device with `f16` and
-    /// subgroups can: slower than its other kernels, and how they are tested where there are no matrices.
-    pub plain_matrices: bool,
+    /// Whether kernels use them.
+    pub matrices: Matrices,
     /// Timestamps at the edges of compute passes.
     pub timestamps: bool,
     /// Workgroup memory.
@@ -73,7 +85,7 @@ impl Caps {
                 true => cooperative,
                 false => Vec::new(),
             },
-            plain_matrices: false,
+            matrices: Matrices::Unused,
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             workgroup_memory: limits.max_compute_workgroup_storage_size,
             invocations: limits.max_compute_invocations_per_workgroup,
@@ -88,18 +100,22 @@ impl Caps {
     }
 
     /// Rows of the square cooperative matrices that kernels use, with operands in `f16` and sums in f32; `None`
-    /// where the device reports none of a size that WGSL can name, or lacks what else those kernels need. A
-    /// processor's matrices are no faster than its lanes.
-    pub(crate) fn matrices(&self) -> Option<u32> {
+    /// where they use none: the device reports none of a size that WGSL can name, lacks what else those kernels
+    /// need, is a processor, whose matrices are no faster than its lanes, or gives wrong answers.
+    pub(crate) fn matrix_rows(&self) -> Option<u32> {
         let (least, most) = self.subgroups?;
-        let lanes = if self.plain_matrices { 32 } else { most };
-        let able = self.f16
+        let (lanes, able) = match self.matrices {
+            Matrices::Unused => return None,
+            Matrices::Used => (most, !self.software),
+            Matrices::Plain => (32, true),
+        };
+        let able = able
+            && self.f16
             && least >= 4
             && (16..=64).contains(&lanes)
             && lanes.is_power_of_two()
             && MATRIX_SUBGROUPS * lanes <= self.invocations
-            && MATRIX_MEMORY <= self.workgroup_memory
-            && (!self.software || self.plain_matrices);
+            && MATRIX_MEMORY <= self.workgroup_memory;
         let square = |m: u32| {
             let mut shapes = self.cooperative.iter();
             shapes.any(|shape| {
@@ -109,18 +125,30 @@ impl Caps {
         [16, 8].into_iter().find(|&m| able && square(m))
     }
 
-    /// These powers without `f16`.
-    pub fn without_f16(&self) -> Self {
+    /// These powers with cooperative matrices in use, for what checks them.
+    pub(crate) fn with_matrices(&self) -> Self {
+        let matrices = match self.matrices {
+            Matrices::Unused => Matrices::Used,
+            used => used,
+        };
         Caps {
-            f16: false,
+            matrices,
             ..self.clone()
         }
     }
 
-    /// These powers without cooperative matrices.
-    pub fn without_cooperative(&self) -> Self {
+    /// These powers without cooperative matrices in use.
+    pub fn without_matrices(&self) -> Self {
         Caps {
-            cooperative: Vec::new(),
+            matrices: Matrices::Unused,
+            ..self.clone()
+        }
+    }
+
+    /// These powers without `f16`.
+    pub fn without_f16(&self) -> Self {
+        Caps {
+            f16: false,
             ..self.clone()
         }
     }
@@ -141,7 +169,7 @@ impl Caps {
             f16: false,
             subgroups: None,
             cooperative: Vec::new(),
-            plain_matrices: false,
+            matrices: Matrices::Unused,
             timestamps: false,
             workgroup_memory: least
                 .max_compute_workgroup_storage_size

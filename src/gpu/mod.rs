@@ -6,6 +6,7 @@ pub mod blocks;
 mod caps;
 mod choices;
 mod limits;
+mod memory;
 mod pipeline_cache;
 mod recorder;
 mod shader;
@@ -18,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use adapter::{AdapterReport, DEVICE_VARIABLE, adapters};
 pub(crate) use caps::MATRIX_SUBGROUPS;
-pub use caps::{Caps, CoopShape};
+pub use caps::{Caps, CoopShape, Matrices};
 pub use limits::{Limits, Rates, Stream};
 pub(crate) use pipeline_cache::{checksum, replace_file};
 pub(crate) use recorder::Slice;
@@ -31,7 +32,6 @@ pub use tensor::{DType, Tensor};
 
 use crate::{Error, Result};
 use stats::Stats;
-use tensor::Storage;
 
 /// A device with its compiled kernels. Cloning shares it.
 #[derive(Clone)]
@@ -44,7 +44,7 @@ struct Inner {
     templates: minijinja::Environment<'static>,
     pipelines: Mutex<HashMap<Shader, wgpu::ComputePipeline>>,
     cache: Option<Arc<pipeline_cache::DiskCache>>,
-    choices: choices::Choices,
+    choices: Arc<choices::Choices>,
     stats: Arc<Stats>,
     trouble: Arc<Mutex<Trouble>>,
 }
@@ -91,17 +91,40 @@ impl Gpu {
         Ok(gpu)
     }
 
-    /// An engine inside a device of the caller's, with the powers that the device was made with. Its
-    /// callbacks are left alone; recordings never submit or wait. It reads and writes no files: what is
-    /// tuned on it is kept in memory.
+    /// An engine inside a device of the caller's, with the powers that the device was made with, but for
+    /// cooperative matrices, whose shapes its adapter tells: see [`Gpu::from_wgpu_adapter`]. Its callbacks are
+    /// left alone; recordings never submit or wait. It reads and writes no files: what is tuned on it is kept
+    /// in memory.
     pub fn from_wgpu(device: &wgpu::Device, queue: &wgpu::Queue) -> Gpu {
         let choices = choices::Choices::default();
         Gpu::assemble(device.clone(), queue.clone(), Vec::new(), None, choices)
     }
 
-    /// The same device with fewer powers, and nothing compiled yet: the variants that lesser devices run. It takes over
-    /// what was tuned so far, and keeps what is tuned on it to itself.
+    /// [`Gpu::from_wgpu`], and the cooperative matrices of the device's adapter, if the device was made with
+    /// them; no plan uses them on it, but on what [`Gpu::self_tested`] makes of it where they are right.
+    pub fn from_wgpu_adapter(
+        adapter: &wgpu::Adapter,
+        device: &wgpu::Device,
+        queue: &wgpu::Queue,
+    ) -> Gpu {
+        let cooperative = adapter::cooperative(adapter);
+        let choices = choices::Choices::default();
+        Gpu::assemble(device.clone(), queue.clone(), cooperative, None, choices)
+    }
+
+    /// The same device with other powers, of those that it has, and nothing compiled yet: the variants that
+    /// lesser devices run. It takes over what was tuned so far, and keeps what is tuned on it to itself.
     pub fn narrowed(&self, caps: Caps) -> Gpu {
+        self.with(caps, Arc::new(self.0.choices.copied()))
+    }
+
+    /// The same device with those of its powers that are right, for good: what is tuned on it is kept as it
+    /// would be on the whole.
+    pub(crate) fn confined(&self, caps: Caps) -> Gpu {
+        self.with(caps, self.0.choices.clone())
+    }
+
+    fn with(&self, caps: Caps, choices: Arc<choices::Choices>) -> Gpu {
         let inner = &self.0;
         Gpu(Arc::new(Inner {
             device: inner.device.clone(),
@@ -110,7 +133,7 @@ impl Gpu {
             templates: inner.templates.clone(),
             pipelines: Mutex::default(),
             cache: inner.cache.clone(),
-            choices: inner.choices.copied(),
+            choices,
             stats: Arc::default(),
             trouble: inner.trouble.clone(),
         }))
@@ -135,7 +158,7 @@ impl Gpu {
             templates: shader::templates(),
             pipelines: Mutex::default(),
             cache,
-            choices,
+            choices: Arc::new(choices),
             stats: Arc::default(),
             trouble: Arc::default(),
         }))
@@ -325,155 +348,6 @@ impl Gpu {
         }
     }
 
-    fn buffer(
-        &self,
-        label: &str,
-        bytes: u64,
-        usage: wgpu::BufferUsages,
-        contents: Option<&mut dyn FnMut(&mut wgpu::BufferViewMut)>,
-    ) -> Result<wgpu::Buffer> {
-        let size = bytes
-            .checked_next_multiple_of(16)
-            .unwrap_or(u64::MAX)
-            .max(16);
-        if size > self.caps().max_buffer {
-            return Err(Error::OutOfMemory(format!(
-                "{label}: {size} bytes in one buffer; this device allows {}",
-                self.caps().max_buffer
-            )));
-        }
-        let buffer = self.checked(label, || {
-            self.0.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some(label),
-                size,
-                usage,
-                mapped_at_creation: contents.is_some(),
-            })
-        })?;
-        if let Some(fill) = contents {
-            let mut view = buffer
-                .get_mapped_range_mut(..)
-                .map_err(|e| Error::OutOfMemory(format!("{label}: {e}")))?;
-            fill(&mut view);
-            drop(view);
-            buffer.unmap();
-        }
-        Ok(buffer)
-    }
-
-    fn tensor(&self, buffer: wgpu::Buffer, dtype: DType, shape: &[u32]) -> Tensor {
-        self.0.stats.allocated(buffer.size());
-        Tensor {
-            storage: Arc::new(Storage {
-                buffer,
-                account: Some(self.0.stats.clone()),
-            }),
-            dtype,
-            shape: shape.to_vec(),
-        }
-    }
-
-    /// A tensor of zeros.
-    pub fn empty(&self, label: &str, dtype: DType, shape: &[u32]) -> Result<Tensor> {
-        let bytes = dtype.bytes(shape);
-        Ok(self.tensor(self.buffer(label, bytes, TENSOR, None)?, dtype, shape))
-    }
-
-    /// A tensor with those elements, `bytes` of them in the tensor's type.
-    pub fn upload(&self, label: &str, dtype: DType, shape: &[u32], bytes: &[u8]) -> Result<Tensor> {
-        let need = dtype.bytes(shape);
-        if bytes.len() as u64 != need {
-            return Err(Error::refused(
-                label,
-                format_args!("{} bytes", bytes.len()),
-                format!("the shape {shape:?} takes {need}"),
-            ));
-        }
-        let mut fill = |view: &mut wgpu::BufferViewMut| {
-            view.slice(..bytes.len()).copy_from_slice(bytes);
-        };
-        let buffer = self.buffer(label, need, TENSOR, Some(&mut fill))?;
-        Ok(self.tensor(buffer, dtype, shape))
-    }
-
-    /// A tensor of floats, stored as `dtype`.
-    pub fn upload_floats(
-        &self,
-        label: &str,
-        dtype: DType,
-        shape: &[u32],
-        values: &[f32],
-    ) -> Result<Tensor> {
-        match dtype {
-            DType::F16 => {
-                let halves: Vec<half::f16> =
-                    values.iter().map(|&x| half::f16::from_f32(x)).collect();
-                self.upload(label, dtype, shape, bytemuck::cast_slice(&halves))
-            }
-            DType::BF16 => {
-                let halves: Vec<half::bf16> =
-                    values.iter().map(|&x| half::bf16::from_f32(x)).collect();
-                self.upload(label, dtype, shape, bytemuck::cast_slice(&halves))
-            }
-            DType::Q8_0 | DType::Q4_0 => {
-                let columns = shape.last().copied().unwrap_or(0);
-                let words = blocks::quantize(dtype, columns, values);
-                self.upload(label, dtype, shape, bytemuck::cast_slice(&words))
-            }
-            _ => self.upload(label, dtype, shape, bytemuck::cast_slice(values)),
-        }
-    }
-
-    /// A tensor of unsigned integers.
-    pub fn upload_u32(&self, label: &str, shape: &[u32], values: &[u32]) -> Result<Tensor> {
-        self.upload(label, DType::U32, shape, bytemuck::cast_slice(values))
-    }
-
-    pub(crate) fn upload_uniform(&self, bytes: &[u8]) -> Result<Tensor> {
-        let mut fill = |view: &mut wgpu::BufferViewMut| {
-            view.slice(..bytes.len()).copy_from_slice(bytes);
-        };
-        let usage = wgpu::BufferUsages::UNIFORM;
-        let buffer = self.buffer("params", bytes.len() as u64, usage, Some(&mut fill))?;
-        Ok(self.tensor(buffer, DType::U32, &[bytes.len() as u32 / 4]))
-    }
-
-    /// A buffer that the host can read.
-    pub(crate) fn staging(&self, bytes: u64) -> Result<Tensor> {
-        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-        let buffer = self.buffer("staging", bytes, usage, None)?;
-        Ok(self.tensor(buffer, DType::U32, &[bytes.div_ceil(4) as u32]))
-    }
-
-    /// Writes elements, bytes of the tensor's type, from its first on; they are there for what is
-    /// submitted next.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] for more bytes than the tensor has, and for a number of them that is not whole
-    /// fours.
-    pub fn write(&self, tensor: &Tensor, bytes: &[u8]) -> Result<()> {
-        self.write_at(tensor, 0, bytes)
-    }
-
-    /// [`Gpu::write`] from byte `at` of the tensor on.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] for bytes past the tensor's end, and for a place or a number of them that is not
-    /// whole fours.
-    pub fn write_at(&self, tensor: &Tensor, at: u64, bytes: &[u8]) -> Result<()> {
-        let (n, most) = (bytes.len() as u64, tensor.bytes());
-        if at.saturating_add(n) > most || !n.is_multiple_of(4) || !at.is_multiple_of(4) {
-            let bound = format!("within {most}, in whole fours");
-            return Err(Error::refused(
-                "what is written",
-                format_args!("{n} bytes at {at}"),
-                bound,
-            ));
-        }
-        self.0.queue.write_buffer(tensor.buffer(), at, bytes);
-        Ok(())
-    }
-
     /// Submits one recording in an encoder of its own.
     pub(crate) fn submit(&self, recording: &Recording) -> Result<wgpu::SubmissionIndex> {
         let mut encoder = self.0.device.create_command_encoder(&Default::default());
@@ -551,42 +425,6 @@ impl Gpu {
         Ok(value)
     }
 
-    /// The bytes of a tensor. Waits for everything submitted before.
-    pub fn read(&self, tensor: &Tensor) -> Result<Vec<u8>> {
-        let bytes = tensor.bytes();
-        let staging = self.staging(bytes)?;
-        let mut recorder = Recorder::new(self);
-        recorder.copy(tensor, staging.buffer(), 0);
-        let recording = recorder.finish()?;
-        self.run_and_read(&recording, &staging, |view| view[..bytes as usize].to_vec())
-    }
-
-    /// The elements of a tensor of floats.
-    pub fn read_floats(&self, tensor: &Tensor) -> Result<Vec<f32>> {
-        let bytes = self.read(tensor)?;
-        Ok(match tensor.dtype {
-            DType::F16 => bytes
-                .chunks_exact(2)
-                .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-            DType::BF16 => bytes
-                .chunks_exact(2)
-                .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-            DType::Q8_0 | DType::Q4_0 => {
-                let columns = tensor.shape.last().copied().unwrap_or(0);
-                let words: Vec<u32> = bytemuck::pod_collect_to_vec(&bytes);
-                blocks::dequantize(tensor.dtype, columns, &words)
-            }
-            _ => bytemuck::pod_collect_to_vec(&bytes),
-        })
-    }
-
-    /// The elements of a tensor of unsigned integers.
-    pub fn read_u32(&self, tensor: &Tensor) -> Result<Vec<u32>> {
-        Ok(bytemuck::pod_collect_to_vec(&self.read(tensor)?))
-    }
-
     /// Saves the driver's compiled kernels for the next start, where the backend can.
     pub fn save_pipelines(&self) {
         if let Some(cache) = &self.0.cache {
@@ -594,7 +432,3 @@ impl Gpu {
         }
     }
 }
-
-const TENSOR: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE
-    .union(wgpu::BufferUsages::COPY_SRC)
-    .union(wgpu::BufferUsages::COPY_DST);

@@ -83,6 +83,7 @@ impl<'a> Job<'a> {
             options: Options {
                 causal: shape.causal,
                 window: [shape.window, None],
+                f16_math: shape.f16_math,
                 ..Options::default()
             },
             wanted: Vec::new(),
@@ -267,7 +268,7 @@ impl<'a> Job<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::Caps;
+    use crate::gpu::{Caps, CoopShape, Matrices};
 
     #[test]
     fn what_is_wrong_in_other_rows_only_differs_from_the_others() {
@@ -306,6 +307,17 @@ mod tests {
             software: false,
             ..own.clone()
         };
+        let matrices = Caps {
+            cooperative: vec![CoopShape {
+                m: 16,
+                n: 16,
+                k: 16,
+                ab: "f16".into(),
+                cr: "f32".into(),
+            }],
+            matrices: Matrices::Plain,
+            ..own.clone()
+        };
         let runs = [
             (&own, "1,4,4,40,70,20"),
             (&own, "2,2,2,33,300,40,dv=36,causal"),
@@ -315,6 +327,8 @@ mod tests {
             (&none, "2,2,2,33,300,40,dv=36,causal"),
             (&none, "1,2,1,2,1100,8"),
             (&hardware, "1,2,2,17,40,20,causal"),
+            (&hardware, "1,2,2,17,40,20,causal,f16,f16-math"),
+            (&matrices, "1,2,2,70,70,24,f16"),
         ];
         for (caps, text) in runs {
             let gpu = gpu.narrowed(caps.clone());
@@ -337,6 +351,6 @@ mod tests {
             }
         }
         println!("{tried} tries of {} candidates", seen.len());
-        assert!(seen.len() >= 22, "{seen:?}");
+        assert!(seen.len() >= 27, "{seen:?}");
     }
 }

@@ -46,7 +46,7 @@ pub struct Tuned {
 /// Seconds that the kernels are timed for.
 const KERNELS_FOR: f64 = 0.7;
 /// Seconds that the best kernel's splits are timed for.
-const SPLITS_FOR: f64 = 0.3;
+const SPLITS_FOR: f64 = 0.5;
 /// Seconds of one run past which a shape is measured on a part of its heads.
 const LONG: f64 = 0.03;
 /// Workgroups of the table's choice that such a part keeps: they keep a large device busy, or a processor.
@@ -321,6 +321,7 @@ mod tests {
             rows: 1,
             keys: 1,
             splits: 1,
+            f16_math: false,
         };
         let mut contest = Contest::new(job);
         contest.admit(planted, other_law).unwrap();

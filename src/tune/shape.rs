@@ -31,6 +31,8 @@ pub struct Shape {
     pub window: Option<u32>,
     /// A mask of its own hides the last quarter of the keys.
     pub masked: bool,
+    /// With [`Options::f16_math`](crate::attention::Options::f16_math).
+    pub f16_math: bool,
 }
 
 const fn plain([batch, heads, kv_heads, q_len, k_len, dim]: [u32; 6], causal: bool) -> Shape {
@@ -46,6 +48,7 @@ const fn plain([batch, heads, kv_heads, q_len, k_len, dim]: [u32; 6], causal: bo
         causal,
         window: None,
         masked: false,
+        f16_math: false,
     }
 }
 
@@ -95,7 +98,8 @@ impl Shape {
     }
 }
 
-/// `B,H,Hk,Q,K,D`, then in any order `causal`, `window=N`, `masked`, `dv=N`, and `f32`, `f16` or `bf16`.
+/// `B,H,Hk,Q,K,D`, then in any order `causal`, `window=N`, `masked`, `dv=N`, `f16-math`, and `f32`, `f16` or
+/// `bf16`.
 impl FromStr for Shape {
     type Err = Error;
 
@@ -113,6 +117,7 @@ impl FromStr for Shape {
             match (*word, word.split_once('=')) {
                 ("causal", _) => shape.causal = true,
                 ("masked", _) => shape.masked = true,
+                ("f16-math", _) => shape.f16_math = true,
                 ("f32", _) => shape.dtype = DType::F32,
                 ("f16", _) => shape.dtype = DType::F16,
                 ("bf16", _) => shape.dtype = DType::BF16,
@@ -122,7 +127,11 @@ impl FromStr for Shape {
                 (_, Some(("dv", n))) if number(n).is_some() => {
                     shape.value_dim = number(n).unwrap_or(1);
                 }
-                _ => return refuse("words are causal, window=N, masked, dv=N, f32, f16, bf16"),
+                _ => {
+                    return refuse(
+                        "words are causal, window=N, masked, dv=N, f16-math, f32, f16, bf16",
+                    );
+                }
             }
         }
         let Shape {
@@ -174,6 +183,9 @@ impl fmt::Display for Shape {
         if self.masked {
             write!(f, ",masked")?;
         }
+        if self.f16_math {
+            write!(f, ",f16-math")?;
+        }
         write!(f, ",{}", dtype.name())
     }
 }
@@ -188,6 +200,7 @@ mod tests {
             "1,8,8,512,512,64,f32",
             "2,12,4,1,384,64,dv=80,causal,window=16,masked,bf16",
             "1,1,1,1,1,1,window=0,f16",
+            "1,2,2,64,64,32,f16-math,f16",
         ] {
             assert_eq!(text.parse::<Shape>().unwrap().to_string(), text);
         }

@@ -1,7 +1,7 @@
 //! The kernel for cooperative matrices, `prefill_coop`: with plain loops in their place on any device, as it is where the
 //! device has them, and its choice by the plan.
 
-use qkv::gpu::{CoopShape, templates};
+use qkv::gpu::{CoopShape, Matrices, templates};
 
 use super::options::OPTIONS;
 use super::problems::dense;
@@ -28,7 +28,7 @@ fn forms() -> Vec<Gpu> {
     let plain = [16, 8].map(|m| {
         gpu().narrowed(Caps {
             cooperative: vec![shape([m; 3], "f16", "f32")],
-            plain_matrices: true,
+            matrices: Matrices::Plain,
             ..caps.clone()
         })
     });
@@ -272,7 +272,7 @@ fn the_plan_takes_matrices_that_fit() {
         (with(vec![small.clone()]), fits, [0; 3], "8"),
         (with(vec![small, large.clone()]), fits, [0; 3], "16"),
         (with(Vec::new()), fits, [0; 3], "prefill"),
-        (whole.without_cooperative(), fits, [0; 3], "prefill"),
+        (whole.without_matrices(), fits, [0; 3], "prefill"),
         // Sums in f16, and Intel's shapes.
         (
             with(vec![shape([16; 3], "f16", "f16")]),

@@ -1,5 +1,7 @@
 //! The plan alone, on devices that are only described.
 
+use qkv::gpu::Matrices;
+
 use super::problems::Parts;
 use super::*;
 
@@ -10,7 +12,7 @@ pub fn caps() -> Caps {
         f16: true,
         subgroups: Some((32, 32)),
         cooperative: Vec::new(),
-        plain_matrices: false,
+        matrices: Matrices::Used,
         timestamps: true,
         workgroup_memory: 48 << 10,
         invocations: 1024,

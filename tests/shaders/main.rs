@@ -7,17 +7,17 @@ use std::sync::OnceLock;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, StorageAccess, TypeInner};
 use qkv::attention::{Options, Problem, Route, Tensors, View, plan};
-use qkv::gpu::{DType, Gpu, templates};
+use qkv::gpu::{DType, Gpu, Matrices, templates};
 
 mod variants;
 
 use variants::{TYPES, attention_variants, matrix, other_variants};
 
 /// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 21_244;
-const TEXTS: usize = 17_294;
+const VARIANTS: usize = 21_451;
+const TEXTS: usize = 17_497;
 /// Texts among them that no browser is given: cooperative matrices are naga's own extension.
-const COOP_TEXTS: usize = 572;
+const COOP_TEXTS: usize = 612;
 
 /// Bytes of each kernel's parameters on the host's side.
 fn params_bytes(kernel: &str) -> u32 {
@@ -161,6 +161,7 @@ fn texts_for_compilers() {
     ] {
         caps.subgroups = Some(subgroups);
         caps.cooperative = matrices.into_iter().map(matrix).collect();
+        caps.matrices = Matrices::Used;
         for (d, dtype) in [64, 128]
             .into_iter()
             .flat_map(|d| TYPES[..2].iter().map(move |t| (d, *t)))

@@ -7,7 +7,7 @@ use qkv::Error;
 use qkv::attention::{
     Align, Candidate, Options, Problem, Route, Stage, T5, Tensors, View, plan, plan_with,
 };
-use qkv::gpu::{Caps, CoopShape, DType, Shader, Tensor};
+use qkv::gpu::{Caps, CoopShape, DType, Matrices, Shader, Tensor};
 
 use crate::gpu;
 
@@ -39,13 +39,18 @@ const SUBGROUPS: [Option<(u32, u32)>; 7] = [
     None,
 ];
 
-/// Devices with cooperative matrices: subgroups, rows of a matrix, and whether plain loops stand for it.
-const MATRICES: [(Option<(u32, u32)>, (u32, bool)); 5] = [
-    (Some((32, 32)), (16, false)),
-    (Some((32, 64)), (16, false)),
-    (Some((32, 32)), (8, false)),
-    (Some((8, 8)), (16, true)),
-    (Some((8, 8)), (8, true)),
+/// What kernels depend on of a device: subgroups, rows of cooperative matrices (none: 0), and what stands for
+/// these.
+#[derive(Clone, Copy, PartialEq)]
+struct Device(Option<(u32, u32)>, u32, Matrices);
+
+/// Devices with cooperative matrices.
+const MATRICES: [Device; 5] = [
+    Device(Some((32, 32)), 16, Matrices::Used),
+    Device(Some((32, 64)), 16, Matrices::Used),
+    Device(Some((32, 32)), 8, Matrices::Used),
+    Device(Some((8, 8)), 16, Matrices::Plain),
+    Device(Some((8, 8)), 8, Matrices::Plain),
 ];
 
 /// The shape of square matrices with f16 operands and f32 sums.
@@ -156,7 +161,7 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
     let mut ask = |[q_len, d, dv]: [u32; 3],
                    types: [usize; 4],
                    dense,
-                   (subgroups, matrices): (_, Option<(u32, bool)>),
+                   Device(subgroups, m, matrices),
                    changes: &[usize],
                    ragged| {
         let [q, k, v, out] = types;
@@ -180,8 +185,8 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
         }
         let caps = Caps {
             subgroups,
-            cooperative: matrices.map(|(m, _)| matrix(m)).into_iter().collect(),
-            plain_matrices: matrices.is_some_and(|(_, plain)| plain),
+            cooperative: vec![matrix(m)],
+            matrices,
             software: subgroups == SUBGROUPS[1],
             ..caps.clone()
         };
@@ -193,6 +198,7 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
             (Route::Decode, None, None),
             (Route::Decode, Some(2), None),
         ];
+        let blocks = changes.iter().any(|ix| [15, 16].contains(ix));
         for (ix, (route, splits, stage)) in routes.into_iter().enumerate() {
             tensors.lse = (ix != 3 || changes.len() == 1).then_some(&lse);
             tensors.weights = stage.map(|_| &weights);
@@ -208,7 +214,6 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
                 Err(other) => panic!("{other}"),
             }
             plans += 1;
-            let blocks = changes.iter().any(|ix| [15, 16].contains(ix));
             if route == Route::Prefill && types[..3] == [1; 3] && !blocks {
                 options.f16_math = true;
                 let problem = Problem::new(&tensors, &options).unwrap();
@@ -220,16 +225,20 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
         }
         // What a measurement may choose instead.
         (tensors.weights, options.route, options.splits) = (None, None, None);
-        let problem = Problem::new(&tensors, &options).unwrap();
-        let mut kernels = Candidate::kernels(&problem, &caps);
-        kernels.retain(|_| changes.len() < 2);
-        for kernel in kernels {
-            let most = if kernel.route == Route::Decode { 2 } else { 1 };
-            for splits in 1..=most {
-                let other = Some(Candidate { splits, ..kernel });
-                let plan = plan_with(&problem, &caps, other).unwrap();
-                shaders.extend(plan.launches.into_iter().map(|launch| launch.shader));
-                plans += 1;
+        for f16_math in BOTH {
+            options.f16_math = f16_math;
+            if changes.len() > 1 || f16_math && (types[..3] != [1; 3] || blocks) {
+                continue;
+            }
+            let problem = Problem::new(&tensors, &options).unwrap();
+            for kernel in Candidate::kernels(&problem, &caps) {
+                let most = if kernel.route == Route::Decode { 2 } else { 1 };
+                for splits in 1..=most {
+                    let other = Some(Candidate { splits, ..kernel });
+                    let plan = plan_with(&problem, &caps, other).unwrap();
+                    shaders.extend(plan.launches.into_iter().map(|launch| launch.shader));
+                    plans += 1;
+                }
             }
         }
     };
@@ -237,7 +246,7 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
         let types = [mix % 3, mix / 3 % 3, mix / 9 % 3, mix / 27];
         for dense in BOTH {
             for subgroups in [SUBGROUPS[1], None] {
-                let device = (subgroups, None);
+                let device = Device(subgroups, 0, Matrices::Unused);
                 ask([9, 12, 20], types, dense, device, &[], false);
             }
         }
@@ -245,21 +254,21 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
     for [d, dv] in DIMS {
         for q_len in [1, 2, 4, 9] {
             for subgroups in SUBGROUPS {
-                let device = (subgroups, None);
+                let device = Device(subgroups, 0, Matrices::Unused);
                 ask([q_len, d, dv], [0; 4], true, device, &[], false);
             }
         }
     }
     // What `prefill` multiplies in f16.
     for subgroups in SUBGROUPS {
-        let device = (subgroups, None);
+        let device = Device(subgroups, 0, Matrices::Unused);
         for [d, dv] in DIMS {
             ask([9, d, dv], [1; 4], true, device, &[], false);
         }
     }
     for option in (0..OPTIONS.len()).filter(|option| ![15, 16].contains(option)) {
         for subgroups in [SUBGROUPS[1], None] {
-            let device = (subgroups, None);
+            let device = Device(subgroups, 0, Matrices::Unused);
             let types = [1, 1, 1, 0];
             ask([70, 12, 20], types, false, device, &[option], false);
         }
@@ -276,17 +285,16 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
                 continue;
             }
             for subgroups in [SUBGROUPS[1], SUBGROUPS[3], None] {
-                let device = (subgroups, None);
+                let device = Device(subgroups, 0, Matrices::Unused);
                 ask([70, 12, 20], [0; 4], false, device, changes, false);
                 // Histories, lengths and pages are not to be had with ragged keys.
                 if ![5, 8, 14].iter().any(|ix| changes.contains(ix)) {
                     ask([70, 12, 20], [0; 4], true, device, changes, true);
                 }
             }
-            for (subgroups, matrices) in MATRICES {
+            for device in MATRICES {
                 // The other forms differ in what no option changes.
-                if first == second || (subgroups, matrices) == MATRICES[0] {
-                    let device = (subgroups, Some(matrices));
+                if first == second || device == MATRICES[0] {
                     ask([70, 12, 20], [1; 4], false, device, changes, false);
                     if ![5, 8, 14].iter().any(|ix| changes.contains(ix)) {
                         ask([70, 12, 20], [1; 4], true, device, changes, true);
@@ -295,8 +303,7 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
             }
         }
     }
-    for (subgroups, matrices) in MATRICES {
-        let device = (subgroups, Some(matrices));
+    for device in MATRICES {
         for [d, dv] in DIMS {
             for out in 0..3 {
                 for dense in BOTH {
@@ -314,7 +321,7 @@ pub fn attention_variants() -> &'static HashSet<Shader> {
     ALL.get_or_init(|| {
         let (mut all, plans, refused) = planned();
         println!("{plans} plans, {refused} refused");
-        assert_eq!((plans, refused), (24_417, 0));
+        assert_eq!((plans, refused), (28_937, 0));
         for ((dtype, lse), vec) in [
             ("f32", true),
             ("f32", false),

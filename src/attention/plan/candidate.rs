@@ -40,6 +40,10 @@ pub struct Candidate {
     pub keys: u32,
     /// Parts of the key axis that are asked for; whole steps may need fewer.
     pub splits: u32,
+    /// Weights and values are multiplied in f16: `prefill`, where [`Options::f16_math`] allows it.
+    ///
+    /// [`Options::f16_math`]: crate::attention::Options::f16_math
+    pub f16_math: bool,
 }
 
 /// Scratch of the three passes, in words, up to which a measurement may choose them.
@@ -146,6 +150,7 @@ impl Candidate {
                         Some(splits) => splits,
                         None => enough_splits(problem, caps, rows),
                     },
+                    f16_math: false,
                 }
             }
         })
@@ -172,7 +177,10 @@ impl Candidate {
                     Subgroups::Unused
                 };
                 let rows = if problem.value_dim() <= 32 { 4 } else { 2 };
-                Candidate::prefill(subgroups, rows)
+                Candidate {
+                    f16_math: problem.options.f16_math,
+                    ..Candidate::prefill(subgroups, rows)
+                }
             }
         }
     }
@@ -184,6 +192,7 @@ impl Candidate {
             rows: 1,
             keys: 1,
             splits: 1,
+            f16_math: false,
         }
     }
 
@@ -226,8 +235,12 @@ impl Candidate {
             }
         };
         let decodes = self.route == Route::Decode;
+        let in_f16 = self.route == Route::Prefill
+            && matches!(self.subgroups, Subgroups::Unused | Subgroups::Maxima)
+            && problem.options.f16_math;
         kernel
             && sizes
+            && (!self.f16_math || in_f16)
             && (self.keys == 1 || decodes && lanes.is_some() && self.keys == 4)
             && (self.splits == 1 || decodes && (2..=problem.k_len().max(1)).contains(&self.splits))
             && (self.route != Route::Prefill
@@ -255,7 +268,12 @@ impl Candidate {
             // On a processor each lane's read of workgroup memory is one of its own.
             if !by_lanes(caps) {
                 for subgroups in [Subgroups::Maxima, Subgroups::Unused] {
-                    all.extend([2, 4].map(|n| Candidate::prefill(subgroups, n)));
+                    for f16_math in [false, true] {
+                        all.extend([2, 4].map(|n| Candidate {
+                            f16_math,
+                            ..Candidate::prefill(subgroups, n)
+                        }));
+                    }
                 }
             }
         }
@@ -334,7 +352,6 @@ impl Problem {
     pub(super) fn is_tunable(&self) -> bool {
         let options = &self.options;
         let free = !options.batch_invariant
-            && !options.f16_math
             && options.route.is_none()
             && options.splits.is_none()
             && !self.wants_weights;
@@ -374,6 +391,9 @@ impl Problem {
         if self.mask.is_some() || self.bias.is_some() {
             text += " masked";
         }
+        if self.options.f16_math {
+            text += " f16 math";
+        }
         Some(text)
     }
 }
@@ -394,7 +414,8 @@ impl fmt::Display for Candidate {
             Subgroups::Lanes => " by lanes",
             Subgroups::Matrices => " by matrices",
         };
-        write!(f, "{route}{subgroups}, {rows} rows")?;
+        let in_f16 = if self.f16_math { " in f16" } else { "" };
+        write!(f, "{route}{subgroups}{in_f16}, {rows} rows")?;
         match self.route {
             Route::Decode => write!(f, ", {keys} keys, {splits} splits"),
             _ => Ok(()),
@@ -409,7 +430,12 @@ impl FromStr for Candidate {
     fn from_str(text: &str) -> Result<Candidate> {
         let read = || {
             let mut parts = text.split(", ");
-            let (route, subgroups) = match parts.next()? {
+            let name = parts.next()?;
+            let (name, f16_math) = match name.strip_suffix(" in f16") {
+                Some(name) => (name, true),
+                None => (name, false),
+            };
+            let (route, subgroups) = match name {
                 "three-pass" => (Route::ThreePass, Subgroups::Unused),
                 "prefill" => (Route::Prefill, Subgroups::Unused),
                 "prefill by maxima" => (Route::Prefill, Subgroups::Maxima),
@@ -426,8 +452,12 @@ impl FromStr for Candidate {
             let mut candidate = Candidate {
                 route,
                 subgroups,
+                f16_math,
                 ..Candidate::three_pass()
             };
+            if f16_math && route != Route::Prefill {
+                return None;
+            }
             if route != Route::ThreePass {
                 candidate.rows = number("rows")?;
             }

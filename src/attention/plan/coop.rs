@@ -1,7 +1,7 @@
 //! Whether the prefill route's products go to cooperative matrices, and in which form.
 
 use super::super::problem::Problem;
-use crate::gpu::{Caps, DType, MATRIX_SUBGROUPS};
+use crate::gpu::{Caps, DType, MATRIX_SUBGROUPS, Matrices};
 
 /// Rows of a subgroup.
 const ROWS: u32 = 16;
@@ -33,8 +33,9 @@ impl Coop {
     /// the weights among them: an output in f32 has a right to better ones, unless products in f16 were asked
     /// for.
     pub(super) fn new(problem: &Problem, caps: &Caps) -> Option<Coop> {
-        let m = caps.matrices()?;
+        let m = caps.matrix_rows()?;
         let (least, most) = caps.subgroups?;
+        let plain = caps.matrices == Matrices::Plain;
         let [q, k, v, out] = problem.types;
         let (d, dv) = (problem.head_dim(), problem.value_dim());
         let precise = out == DType::F32 && !problem.options.f16_math;
@@ -42,11 +43,11 @@ impl Coop {
             [q, k, v] == [DType::F16; 3] && !precise && DIMS.contains(&d) && dv >= *DIMS.start();
         fits.then_some(Coop {
             m,
-            lanes: if caps.plain_matrices { 32 } else { most },
+            lanes: if plain { 32 } else { most },
             fixed: least == most,
             d_tiles: d.div_ceil(m),
             v_tiles: dv.min(V_BLOCK).div_ceil(m),
-            plain: caps.plain_matrices,
+            plain,
         })
     }
 

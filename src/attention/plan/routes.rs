@@ -202,7 +202,7 @@ impl Planner<'_> {
                 _ => self
                     .shader("prefill", uses)
                     .with("ROWS", candidate.rows)
-                    .with("F16_MATH", problem.options.f16_math)
+                    .with("F16_MATH", candidate.f16_math)
                     .with("SUBGROUPS", candidate.subgroups == Subgroups::Maxima)
                     .with("FEW_REGISTERS", few_registers)
                     .with("V_CHUNKS", chunks),

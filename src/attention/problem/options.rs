@@ -63,9 +63,10 @@ pub struct Options {
     pub mask_mod: Option<Arc<str>>,
     /// What [`Tensors::weights`] receives.
     pub stage: Stage,
-    /// Weights and values are multiplied, and four keys at a time summed, in f16; everything else stays in f32.
-    /// For Q, K and V in f16, on the prefill route. Over the rows of a head, errors stay within twice those of
-    /// eager PyTorch in f16.
+    /// Weights and values may be multiplied, and four keys at a time summed, in f16, everything else staying in
+    /// f32; or on cooperative matrices, where an output in f32 is not otherwise. For Q, K and V in f16, on the
+    /// prefill route, which is taken unless a measurement on the device found another one faster. Over the rows of
+    /// a head, errors stay within twice those of eager PyTorch in f16.
     pub f16_math: bool,
     /// A row's result does not change with the rest of the batch: nothing of the plan depends on it.
     pub batch_invariant: bool,
