@@ -44,11 +44,13 @@ enable wgpu_cooperative_matrix;
 {% set EDGES = HAS_RIGHT or HAS_LEFT or HAS_PREFIX or HAS_BIAS or HAS_SCORE_MOD or BY_ELEMENT %}
 
 {% set ROWS = 4 * TILES * M %}
-{% set THREADS = 4 * LANES %}
+{% set A = ["wg_p", "P_STRIDE"] %}
+{% set B = {"k": ["wg_k", "K_STRIDE"], "v": ["wg_v", "P_STRIDE"]} %}
+{% set C = ["wg_s", "BLOCK_K"] %}
+{% include "shared/matrices.wgsl" %}
+
 {% set TEAM = THREADS // ROWS %}
 {% set QUADS = BLOCK_K // 4 // TEAM %}
-{# Whether there may be more subgroups than tiles. #}
-{% set SPARE = not (FIXED or PLAIN) %}
 const BLOCK_Q = {{ ROWS }}u;
 const BLOCK_K = {{ BLOCK_K }}u;
 const V_BLOCK = {{ V_TILES * M }}u;
@@ -63,78 +65,12 @@ var<workgroup> wg_s: array<f32, {{ ROWS * BLOCK_K }}>;                // rows by
 var<workgroup> wg_trip: atomic<u32>;
 var<workgroup> wg_block: vec2<u32>;
 
-{# Matrices of M x M. A lies in wg_p, B in wg_k or wg_v with its columns side by side, C goes to wg_s. In the
-   plain form a lane has one row of A, B where it lies, and of C the same row of some columns. #}
-{% if PLAIN %}
-{% set SHARE = M * M // LANES %}
-alias Row = array<f32, {{ M }}>;
-alias Sum = array<f32, {{ SHARE }}>;
-fn load_a(at: u32, lane: u32) -> Row {
-    var row = Row();
-    for (var k = 0u; k < {{ M }}u{{ ROLL }}; k += 1u) { row[k] = f32(wg_p[at + lane % {{ M }}u * P_STRIDE + k]); }
-    return row;
-}
-{% for b in ["k", "v"] %}
-fn multiply_add_{{ b }}(row: Row, at: u32, sum: Sum, lane: u32) -> Sum {
-    var x = row;
-    var c = sum;
-    for (var n = 0u; n < {{ SHARE }}u{{ ROLL }}; n += 1u) {
-        let column = at + (lane / {{ M }}u * {{ SHARE }}u + n) * {{ "K_STRIDE" if b == "k" else "P_STRIDE" }};
-        for (var k = 0u; k < {{ M }}u{{ ROLL }}; k += 1u) { c[n] += x[k] * f32(wg_{{ b }}[column + k]); }
-    }
-    return c;
-}
-{% endfor %}
-fn place_of_c(at: u32, lane: u32) -> u32 {
-    return at + lane % {{ M }}u * BLOCK_K + lane / {{ M }}u * {{ SHARE }}u;
-}
-fn load_c(at: u32, lane: u32) -> Sum {
-    var c = Sum();
-    for (var n = 0u; n < {{ SHARE }}u{{ ROLL }}; n += 1u) { c[n] = wg_s[place_of_c(at, lane) + n]; }
-    return c;
-}
-fn store_c(sum: Sum, at: u32, lane: u32) {
-    var c = sum;
-    for (var n = 0u; n < {{ SHARE }}u{{ ROLL }}; n += 1u) { wg_s[place_of_c(at, lane) + n] = c[n]; }
-}
-{% else %}
-{% set MATRIX = "coop_mat" ~ M ~ "x" ~ M %}
-alias Sum = {{ MATRIX }}<f32, C>;
-{% endif %}
-{% macro load_a(at) %}
-{%- if PLAIN %}load_a({{ at }}, lane){% else %}coopLoadT<coop_mat{{ M }}x{{ M }}<f16, A>>(&wg_p[{{ at }}], P_STRIDE){% endif -%}
-{% endmacro %}
-{% macro load_b(b, at) %}
-{%- if PLAIN %}{{ at }}{% else %}coopLoad<coop_mat{{ M }}x{{ M }}<f16, B>>(&wg_{{ b }}[{{ at }}], {{ "K_STRIDE" if b == "k" else "P_STRIDE" }}){% endif -%}
-{% endmacro %}
-{% macro multiply_add(b, x, y, c) %}
-{%- if PLAIN %}multiply_add_{{ b }}({{ x }}, {{ y }}, {{ c }}, lane){% else %}coopMultiplyAdd({{ x }}, {{ y }}, {{ c }}){% endif -%}
-{% endmacro %}
-{% macro load_c(at) %}
-{%- if PLAIN %}load_c({{ at }}, lane){% else %}coopLoadT<coop_mat{{ M }}x{{ M }}<f32, C>>(&wg_s[{{ at }}], BLOCK_K){% endif -%}
-{% endmacro %}
-{% macro store_c(c, at) %}
-{%- if PLAIN %}store_c({{ c }}, {{ at }}, lane);{% else %}coopStoreT({{ c }}, &wg_s[{{ at }}], BLOCK_K);{% endif -%}
-{% endmacro %}
-
 {% macro over_row(op, out) %}
 {# The maximum or sum over a row's threads. #}
 {% for step in [1, 2, 4] if step < TEAM %}
         {{ out }} = {{ "max(" ~ out ~ ", " if op == "max" else "(" ~ out ~ " + " }}subgroupShuffleXor({{ out }}, {{ step }}u));
 {% endfor %}
 {% endmacro %}
-
-{# Turn `turn` of sharing `count` items, `n`, among all threads; on a processor all turns in a loop. #}
-{% macro turns_of(count) -%}
-{{ 1 if SOFTWARE else (count + THREADS - 1) // THREADS }}
-{%- endmacro %}
-{% macro each_of(count, turn) -%}
-{%- if SOFTWARE %}for (var n = thread; n < {{ count }}u; n += {{ THREADS }}u) {
-{%- else -%}
-{%- if (turn + 1) * THREADS > count %}if (thread < {{ count - turn * THREADS }}u) {% endif -%}{
-            let n = thread + {{ turn * THREADS }}u;
-{%- endif -%}
-{%- endmacro %}
 
 {% macro stage_k(from) %}
 {% set EIGHTS = D_TILES * M // 8 %}
@@ -165,7 +101,7 @@ alias Sum = {{ MATRIX }}<f32, C>;
 {# A chunk of O, BLOCK_K columns of it, to workgroup memory or back. #}
 {% set O_CHUNK = BLOCK_K // M %}
 {% macro move_o(chunk, back) %}
-        {{ "loop { if (subgroup >= 4u) { break; }" if SPARE and not back else "{" }}
+        {{ "{" if back else owners() }}
 {% for i in range(TILES) %}
 {% for t in range(chunk * O_CHUNK, V_TILES if (chunk + 1) * O_CHUNK > V_TILES else (chunk + 1) * O_CHUNK) %}
 {% set at = "tile_row * BLOCK_K + " ~ (i * M * BLOCK_K + (t - chunk * O_CHUNK) * M) ~ "u" %}
@@ -176,7 +112,7 @@ alias Sum = {{ MATRIX }}<f32, C>;
 {% endif %}
 {% endfor %}
 {% endfor %}
-        {{ "break; }" if SPARE and not back else "}" }}
+        {{ "}" if back else end_owners() }}
 {% endmacro %}
 
 {% if EDGES %}
@@ -193,13 +129,7 @@ fn main(
     @builtin(subgroup_size) lanes: u32,
     @builtin(subgroup_invocation_id) lane_id: u32,
 ) {
-    let thread = subgroup_id * lanes + lane_id;
-{% if PLAIN %}
-    let subgroup = thread / {{ LANES }}u;
-    let lane = thread % {{ LANES }}u;
-{% else %}
-    let subgroup = subgroup_id;
-{% endif %}
+{{ who() }}
     let v_blocks = (P.value_dim + V_BLOCK - 1u) / V_BLOCK;
     let index = P.block_from + workgroup_index(group, groups);
     let v_from = (index % v_blocks) * V_BLOCK;
@@ -232,13 +162,7 @@ fn main(
     // In the softmax a thread has every {{ TEAM }}th four keys of one row; in the products a subgroup has {{ TILES * M }} rows.
     let team_row = thread / {{ TEAM }}u;
     let part = thread % {{ TEAM }}u;
-{% if not SPARE %}
-    let tile_row = subgroup * {{ TILES * M }}u;
-{% else %}
-    // Where subgroups are smaller than they may be there are more of them than tiles: these repeat the last tile's
-    // products and keep them to themselves.
-    let tile_row = min(subgroup, 3u) * {{ TILES * M }}u;
-{% endif %}
+    let tile_row = first_tile * {{ TILES * M }}u;
     let row = row_from + team_row;
     let h = kh * per_kv + min(row, rows - 1u) / queries;
     let i = min(row, rows - 1u) % queries;
@@ -259,7 +183,7 @@ fn main(
     workgroupBarrier();
 {% for i in range(TILES) %}
 {% for t in range(c // M, D_TILES if (c + BLOCK_K) // M > D_TILES else (c + BLOCK_K) // M) %}
-    let q_{{ i }}_{{ t }} = {{ load_a("(tile_row + " ~ (i * M) ~ "u) * P_STRIDE + " ~ (t * M - c) ~ "u") }};
+    let q_{{ i }}_{{ t }} = {{ hold_a("(tile_row + " ~ (i * M) ~ "u) * P_STRIDE + " ~ (t * M - c) ~ "u") }};
 {% endfor %}
 {% endfor %}
     workgroupBarrier();
@@ -291,17 +215,17 @@ fn main(
 {% for t in range(BLOCK_K // M) %}
             let k_{{ d }}_{{ t }} = {{ load_b("k", t * M ~ "u * K_STRIDE + " ~ d * M ~ "u") }};
 {% for i in range(TILES) %}
-            s_{{ i }}_{{ t }} = {{ multiply_add("k", "q_" ~ i ~ "_" ~ d, "k_" ~ d ~ "_" ~ t, "s_" ~ i ~ "_" ~ t) }};
+            s_{{ i }}_{{ t }} = {{ multiply_add_held("k", "q_" ~ i ~ "_" ~ d, "k_" ~ d ~ "_" ~ t, "s_" ~ i ~ "_" ~ t) }};
 {% endfor %}
 {% endfor %}
 {% endfor %}
-            {{ "loop { if (subgroup >= 4u) { break; }" if SPARE }}
+            {{ owners() }}
 {% for t in range(BLOCK_K // M) %}
 {% for i in range(TILES) %}
             {{ store_c("s_" ~ i ~ "_" ~ t, "tile_row * BLOCK_K + " ~ (i * M * BLOCK_K + t * M) ~ "u") }}
 {% endfor %}
 {% endfor %}
-            {{ "break; }" if SPARE }}
+            {{ end_owners() }}
         }
         workgroupBarrier();
 

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use compare::{compare_rows, round_to, tolerance};
 use grid::Random;
 use qkv::gguf::Blocks;
-use qkv::gpu::{Caps, DType, Gpu, Recorder, Tensor};
+use qkv::gpu::{Caps, CoopShape, DType, Gpu, Matrices, Recorder, Tensor};
 use qkv::ops::{self, Activation, Embedding, Epilogue, Linear, Matrix, Places, Storage};
 use qkv::reference;
 
@@ -119,7 +119,7 @@ fn without_canary(gpu: &Gpu, y: &Tensor, n: usize) -> Vec<f32> {
     values
 }
 
-/// One product beside the oracle's; the answer is the worst ratio of error to tolerance.
+/// One product beside the oracle's; the answer is the kernel and the worst ratio of error to tolerance.
 fn product(
     gpu: &Gpu,
     seed: u64,
@@ -127,11 +127,16 @@ fn product(
     [m, k, n]: [usize; 3],
     dtype: DType,
     around: bool,
-) -> f64 {
+) -> (&'static str, f64) {
     let random = &mut Random::new(seed);
     let name = if dtype == DType::F16 { "f16" } else { "f32" };
-    let Weights { matrix, values } = weights(gpu, random, storage, n, k);
+    let Weights { matrix, mut values } = weights(gpu, random, storage, n, k);
     let x = floats(random, name, m * k);
+    // Matrices' operands are f16, weights in blocks among them.
+    let on_matrices = gpu.caps().matrices != Matrices::Unused && storage != Storage::F32;
+    if on_matrices && dtype == DType::F16 && m >= 32 {
+        values.iter_mut().for_each(|x| *x = round_to("f16", *x));
+    }
     let mut bias = floats(random, "f32", n);
     // Of even columns around it is a gate and what it lets through.
     let gated = around && n.is_multiple_of(2);
@@ -165,19 +170,15 @@ fn product(
     let y = result(gpu, dtype, m * columns);
     let mut recorder = Recorder::new(gpu);
     ops::matmul(&mut recorder, &x, &linear, &y, epilogue).unwrap();
+    let kernel = recorder.kernels()[0];
     gpu.run(&recorder.finish().unwrap()).unwrap();
     let got = without_canary(gpu, &y, m * columns);
     // A sum's error grows with what is summed, which may be much more than what comes out.
     let scale = (k as f64).sqrt().max(1.0);
     let what = format!("{storage:?} {m}x{k}x{n} {name} {around}");
-    compare_rows(
-        &what,
-        &got,
-        &want,
-        columns,
-        tolerance(name, k).times(scale / 16.0 + 1.0),
-    )
-    .unwrap()
+    let close = tolerance(name, k).times(scale / 16.0 + 1.0);
+    let worst = compare_rows(&what, &got, &want, columns, close).unwrap();
+    (kernel, worst)
 }
 
 fn devices() -> [Gpu; 2] {
@@ -204,7 +205,8 @@ fn products_are_the_oracles_for_every_storage() {
                 for [k, n] in [[32, 1], [64, 3], [96, 67], [160, 130], [576, 192]] {
                     let seed = (m * 1000 + k + n) as u64;
                     let dtype = if ix % 3 == 2 { DType::F16 } else { DType::F32 };
-                    let ratio = product(gpu, seed, storage, [m, k, n], dtype, (m + n) % 2 == 0);
+                    let around = (m + n) % 2 == 0;
+                    let (_, ratio) = product(gpu, seed, storage, [m, k, n], dtype, around);
                     worst = worst.max(ratio);
                     runs += 1;
                 }
@@ -213,6 +215,60 @@ fn products_are_the_oracles_for_every_storage() {
     }
     println!("{runs} products, worst {worst:.3} of the tolerance");
     assert_eq!(runs, 360);
+}
+
+#[test]
+fn products_on_matrices_are_the_oracles() {
+    let caps = gpu().caps();
+    if !caps.f16 || caps.subgroups.is_none() {
+        return println!("0 products: this device has no f16, or no subgroups");
+    }
+    let plain = [16, 8].map(|m| {
+        let shape = CoopShape {
+            m,
+            n: m,
+            k: m,
+            ab: "f16".into(),
+            cr: "f32".into(),
+        };
+        gpu().narrowed(Caps {
+            cooperative: vec![shape],
+            matrices: Matrices::Plain,
+            ..caps.clone()
+        })
+    });
+    let own = (!caps.cooperative.is_empty()).then(|| gpu().clone());
+    let (mut runs, mut worst) = (0, 0.0f64);
+    for (ix, gpu) in plain.iter().chain(&own).enumerate() {
+        // Mesa's driver compiles for seconds at every launch of these, so that each variant has one; storages are not
+        // told apart by the size of matrices.
+        for (storage, shape, around) in [
+            (Storage::F16, [70, 164, 130], true),
+            (Storage::F16, [32, 157, 67], false),
+            (Storage::Q8_0, [129, 96, 130], true),
+            (Storage::Q4_0, [33, 64, 1], false),
+            (Storage::Q4_1, [65, 160, 67], true),
+        ]
+        .into_iter()
+        .take(if ix == 1 { 1 } else { 5 })
+        {
+            let (kernel, ratio) = product(gpu, 7, storage, shape, DType::F16, around);
+            assert_eq!(kernel, "matmul_coop", "{storage:?} {shape:?}");
+            worst = worst.max(ratio);
+            runs += 1;
+        }
+        // Few rows, weights in f32 and activations in f32 have their own kernels.
+        for (storage, m, dtype) in [
+            (Storage::F16, 31, DType::F16),
+            (Storage::F32, 70, DType::F16),
+            (Storage::F16, 70, DType::F32),
+        ] {
+            let (kernel, _) = product(gpu, 5, storage, [m, 64, 20], dtype, false);
+            assert_eq!(kernel, "matmul");
+        }
+    }
+    println!("{runs} products, worst {worst:.3} of the tolerance");
+    assert!(runs >= 6, "{runs}");
 }
 
 #[test]

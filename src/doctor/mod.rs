@@ -66,7 +66,7 @@ impl Check {
             subgroups: gpu.caps().subgroups.is_some(),
             matrices: route == Route::Prefill
                 && prepared.storage == [DType::F16; 2]
-                && gpu.caps().matrix_rows().is_some(),
+                && gpu.caps().matrix_form().is_some(),
             outcome,
             time: started.elapsed(),
         })
@@ -131,11 +131,11 @@ pub fn examine(wanted: Option<&str>, see: &mut dyn FnMut(&Check)) -> Result<Repo
         if storage == [DType::F32; 2] && claimed.subgroups.is_some() {
             forms.push((gpu.narrowed(claimed.without_subgroups()), &fused));
         }
-        if f16 && claimed.matrix_rows().is_some() {
+        if f16 && claimed.matrix_form().is_some() {
             forms.push((gpu.narrowed(claimed.without_matrices()), &fused[..1]));
         }
         for &hard in problems {
-            if hard == Hard::Wide && claimed.matrix_rows().is_none() {
+            if hard == Hard::Wide && claimed.matrix_form().is_none() {
                 continue;
             }
             let prepared = Prepared::new(&gpu, hard, storage)?;
@@ -208,7 +208,7 @@ fn judge(gpu: &Gpu, verdict: &mut Verdict) -> Result<()> {
         gpu.alive()?;
     }
     let left = verdict.left(claimed).with_matrices();
-    if left.matrix_rows().is_some() && verdict.matrices == Finding::Unknown {
+    if left.matrix_form().is_some() && verdict.matrices == Finding::Unknown {
         let gpu = gpu.narrowed(left).untuned();
         let checks = run(
             &gpu,

@@ -94,7 +94,7 @@ impl Verdict {
         (caps.subgroups.is_none() || self.subgroups != Finding::Unknown)
             && (!caps.f16 || self.f16 != Finding::Unknown)
             && (self.matrices != Finding::Unknown
-                || self.left(caps).with_matrices().matrix_rows().is_none())
+                || self.left(caps).with_matrices().matrix_form().is_none())
     }
 
     /// The powers that are not wrong.

@@ -162,9 +162,9 @@ pub(super) fn open(wanted: Option<&str>) -> Result<(wgpu::Adapter, wgpu::Device,
         required_features: features,
         required_limits: adapter.limits(),
         experimental_features: match matrices {
-            // SAFETY: the one such feature is cooperative matrices. Only `prefill_coop` uses them: every index
-            // into its arrays is bounded by their sizes, whole subgroups reach each operation, and plans take
-            // it for none but shapes that the adapter reports.
+            // SAFETY: the one such feature is cooperative matrices. Only `prefill_coop` and `matmul_coop` use
+            // them: every index into their arrays is bounded by those arrays' sizes, whole subgroups reach
+            // each operation, and they are taken for none but shapes that the adapter reports.
             true => unsafe { wgpu::ExperimentalFeatures::enabled() },
             false => wgpu::ExperimentalFeatures::disabled(),
         },

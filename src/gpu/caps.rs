@@ -1,5 +1,7 @@
 //! What a device can do, as plain data: plans are made from it, tests narrow it.
 
+use super::Shader;
+
 /// One cooperative-matrix shape the adapter reports, as text for people and plans.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CoopShape {
@@ -19,6 +21,30 @@ pub struct CoopShape {
 /// with such matrices has.
 pub(crate) const MATRIX_SUBGROUPS: u32 = 4;
 const MATRIX_MEMORY: u32 = 32 << 10;
+
+/// The cooperative matrices of a device as kernels use them.
+#[derive(Clone, Copy)]
+pub(crate) struct MatrixForm {
+    /// Rows and columns of a matrix.
+    pub rows: u32,
+    /// Threads of a subgroup, where subgroups are as large as they may be.
+    pub lanes: u32,
+    /// Whether they always are.
+    fixed: bool,
+    /// Whether plain loops stand for the matrices.
+    plain: bool,
+}
+
+impl MatrixForm {
+    /// The constants of shaders/shared/matrices.wgsl.
+    pub(crate) fn constants(self, shader: Shader) -> Shader {
+        shader
+            .with("M", self.rows)
+            .with("LANES", self.lanes)
+            .with("FIXED", self.fixed)
+            .with("PLAIN", self.plain)
+    }
+}
 
 /// What kernels for cooperative matrices multiply on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,10 +125,10 @@ impl Caps {
         }
     }
 
-    /// Rows of the square cooperative matrices that kernels use, with operands in `f16` and sums in f32; `None`
-    /// where they use none: the device reports none of a size that WGSL can name, lacks what else those kernels
-    /// need, is a processor, whose matrices are no faster than its lanes, or gives wrong answers.
-    pub(crate) fn matrix_rows(&self) -> Option<u32> {
+    /// The square cooperative matrices that kernels use, with operands in `f16` and sums in f32; `None` where they
+    /// use none: the device reports none of a size that WGSL can name, lacks what else those kernels need, is a
+    /// processor, whose matrices are no faster than its lanes, or gives wrong answers.
+    pub(crate) fn matrix_form(&self) -> Option<MatrixForm> {
         let (least, most) = self.subgroups?;
         let (lanes, able) = match self.matrices {
             Matrices::Unused => return None,
@@ -122,7 +148,13 @@ impl Caps {
                 [shape.m, shape.n, shape.k] == [m; 3] && shape.ab == "f16" && shape.cr == "f32"
             })
         };
-        [16, 8].into_iter().find(|&m| able && square(m))
+        let rows = [16, 8].into_iter().find(|&m| able && square(m))?;
+        Some(MatrixForm {
+            rows,
+            lanes,
+            fixed: least == most,
+            plain: self.matrices == Matrices::Plain,
+        })
     }
 
     /// These powers with cooperative matrices in use, for what checks them.

@@ -18,8 +18,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use adapter::{AdapterReport, DEVICE_VARIABLE, adapters};
-pub(crate) use caps::MATRIX_SUBGROUPS;
 pub use caps::{Caps, CoopShape, Matrices};
+pub(crate) use caps::{MATRIX_SUBGROUPS, MatrixForm};
 pub use limits::{Limits, Rates, Stream};
 pub(crate) use pipeline_cache::{checksum, replace_file};
 pub(crate) use recorder::Slice;

@@ -46,6 +46,15 @@ impl<'g> Recorder<'g> {
         self.gpu
     }
 
+    /// The kernels of the launches so far, in order.
+    pub fn kernels(&self) -> Vec<&'static str> {
+        let kernel = |command: &Command| match command {
+            Command::Dispatch(dispatch) => Some(dispatch.kernel),
+            Command::Copy(..) => None,
+        };
+        self.commands.iter().filter_map(kernel).collect()
+    }
+
     /// One launch: binding 0 is `params`, the tensors follow in order. `groups` workgroups are folded
     /// over the grid's dimensions; a kernel finds its own number with `workgroup_index`.
     pub(crate) fn dispatch<P: bytemuck::Pod>(

@@ -41,6 +41,8 @@ pub struct Matrix {
     values: Tensor,
     /// Of blocks. u32 `[K / 32, stride]` of pairs, or half as many words.
     scales: Option<Tensor>,
+    /// Whether every element is one of f16, or finite when it is rounded to f16.
+    fits_f16: bool,
 }
 
 impl Matrix {
@@ -72,6 +74,7 @@ impl Matrix {
             stride,
             values,
             scales: None,
+            fits_f16: storage == Storage::F16,
         })
     }
 
@@ -109,6 +112,7 @@ impl Matrix {
         let pairs = storage == Storage::Q4_1;
         let mut values = vec![0u32; blocks * words * stride];
         let mut scales = vec![0u32; blocks * stride / if pairs { 1 } else { 2 }];
+        let mut largest = 0.0f32;
         for (n, column) in columns.iter().enumerate() {
             if column.len() != blocks * bytes {
                 let is = format!("{} bytes in column {n}", column.len());
@@ -123,6 +127,7 @@ impl Matrix {
                         let bound = "every scale is finite";
                         return Err(Error::refused(label, scale, bound));
                     }
+                    largest = largest.max(scale.to_f32().abs());
                 }
                 match *head {
                     [a, b, c, d] => scales[at] = u32::from_le_bytes([a, b, c, d]),
@@ -149,6 +154,8 @@ impl Matrix {
             stride: stride as u32,
             values: gpu.upload_u32(label, &shape(blocks * words, stride), &values)?,
             scales: Some(gpu.upload_u32(label, &shape(blocks, scale_columns), &scales)?),
+            // The largest quant is 128 times its scale.
+            fits_f16: largest * 129.0 <= half::f16::MAX.to_f32(),
         })
     }
 
@@ -173,6 +180,10 @@ impl Matrix {
         tensors
             .map(|tensor| tensor.len() * tensor.dtype.size())
             .sum()
+    }
+
+    pub(super) fn fits_f16(&self) -> bool {
+        self.fits_f16
     }
 
     pub(super) fn values(&self) -> &Tensor {

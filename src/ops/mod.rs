@@ -89,10 +89,14 @@ pub struct Epilogue<'a> {
 
 /// How many rows make `matmul` the better kernel than `matvec`.
 const MANY_ROWS: u32 = 5;
+/// How many rows make `matmul_coop` the better kernel, where there are matrices: half of a workgroup's.
+const MATRIX_ROWS: u32 = 32;
 /// Rows of a thread of `matmul` where there are not many more, or it must not depend on how many.
 const FEW_ROWS: u32 = 4;
 
-/// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`, or `[M, N / 2]` where gated.
+/// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`, or `[M, N / 2]` where gated. Sums are in f32; where
+/// X and Y are f16, many rows go to cooperative matrices, if the device has them, and weights in blocks are rounded
+/// to f16 there.
 pub fn matmul(
     recorder: &mut Recorder,
     x: &Tensor,
@@ -133,6 +137,15 @@ pub fn matmul(
     if let Some(residual) = epilogue.residual {
         holds("a residual", residual, x.dtype, results)?;
     }
+    let caps = recorder.gpu().caps();
+    // Many rows in f16. Weights in blocks are rounded to f16 there, for which a result in f32 would be too good.
+    let coarse = linear.weight.storage() != Storage::F16 && y.dtype != DType::F16;
+    let for_matrices = x.dtype == DType::F16
+        && m >= MATRIX_ROWS
+        && linear.weight.fits_f16()
+        && !coarse
+        && !epilogue.batch_invariant;
+    let form = caps.matrix_form().filter(|_| for_matrices);
     let vector = m < MANY_ROWS && !epilogue.batch_invariant;
     let rows = match m {
         _ if epilogue.batch_invariant => FEW_ROWS,
@@ -140,15 +153,18 @@ pub fn matmul(
         MANY_ROWS..32 => FEW_ROWS,
         _ => 8,
     };
-    let per_group = if vector { rows } else { 4 * rows };
+    let (kernel, per_group) = match (form, vector) {
+        (Some(_), _) => ("matmul_coop", 64),
+        (_, true) => ("matvec", rows),
+        _ => ("matmul", 4 * rows),
+    };
     let types = [x.dtype, linear.weight.values().dtype, y.dtype];
-    let software = recorder.gpu().caps().software;
-    let mut shader = Shader::new(if vector { "matvec" } else { "matmul" })
+    let software = caps.software;
+    let mut shader = Shader::new(kernel)
         .with("F16", types.contains(&DType::F16))
         .with("T", x.dtype.name())
         .with("O_TYPE", y.dtype.name())
         .with("VEC", if k.is_multiple_of(4) { 4u32 } else { 1 })
-        .with("ROWS", rows)
         .with("HAS_BIAS", linear.bias.is_some())
         .with("HAS_RESIDUAL", epilogue.residual.is_some())
         .with("GATED", epilogue.gated)
@@ -157,6 +173,10 @@ pub fn matmul(
             epilogue.activation.map_or("none", Activation::wgsl),
         );
     shader = linear.weight.constants(shader, software);
+    shader = match form {
+        Some(form) => form.constants(shader).with("SOFTWARE", software),
+        None => shader.with("ROWS", rows),
+    };
     if vector {
         let slices = match (linear.weight.storage(), software) {
             (Storage::F32 | Storage::F16, _) | (_, true) => 4u32,

@@ -76,14 +76,15 @@ fn matrices_of_every_length_under_every_mask_equal_the_oracle() {
         for (ix, &len) in MANY.iter().chain(&[[130, 200], [1, 65]]).enumerate() {
             cases.push(Case {
                 causal,
-                kv_len: Some(lengths(ix, len[1])),
+                kv_len: (ix % 2 == 0).then(|| lengths(ix, len[1])),
                 ..halves([4, 2], len, [12, 20])
             });
         }
     }
-    judge_matrices(&cases, &forms());
-    cases.iter_mut().for_each(|case| case.kv_len = None);
     judge_matrices(&cases, &large_forms());
+    // Mesa's driver compiles for seconds at every launch of many small matrices.
+    let few: Vec<Case> = cases.into_iter().step_by(5).collect();
+    judge_matrices(&few, &forms());
 }
 
 #[test]

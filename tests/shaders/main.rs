@@ -27,9 +27,8 @@ fn params_bytes(kernel: &str) -> u32 {
         "combine" => 64,
         "append" => 48,
         "embed" => 32,
-        "matmul" | "matvec" | "norm" | "choose" | "reorder" | "copy_page" | "sample" | "limits" => {
-            16
-        }
+        "matmul" | "matmul_coop" | "matvec" | "norm" | "choose" | "reorder" | "copy_page"
+        | "sample" | "limits" => 16,
         other => panic!("{other} is not in the list"),
     }
 }
@@ -82,7 +81,7 @@ fn check(kernel: &str, text: &str) -> Result<(), String> {
     }
     // Where no more is offered: WebGPU's least limits, and what devices with cooperative matrices have.
     let memory = match kernel {
-        "prefill_coop" => 32_768,
+        "prefill_coop" | "matmul_coop" => 32_768,
         _ => 16_384,
     };
     if workgroup > memory || storage > 8 {
@@ -111,7 +110,7 @@ fn every_variant_of_every_kernel_is_valid() {
             .unwrap_or_else(|e| panic!("{shader:?}: {e}"));
         *counts.entry(shader.kernel).or_insert(0) += 1;
         if texts.insert(text.clone()) {
-            coop_texts += usize::from(shader.kernel == "prefill_coop");
+            coop_texts += usize::from(shader.kernel.ends_with("_coop"));
             if let Err(e) = check(shader.kernel, &text) {
                 panic!("{shader:?}: {e}");
             }
@@ -133,7 +132,7 @@ fn texts_for_browsers() {
     templates.add_global("BROWSER", true);
     let mut texts = BTreeSet::new();
     for shader in attention_variants().iter().cloned().chain(other_variants()) {
-        if shader.kernel != "prefill_coop" {
+        if !shader.kernel.ends_with("_coop") {
             texts.insert((shader.kernel, shader.expand(&templates).unwrap()));
         }
     }

@@ -412,6 +412,37 @@ pub fn other_variants() -> Vec<Shader> {
             }
         }
     }
+    for Device(subgroups, m, matrices) in MATRICES {
+        let (least, most) = subgroups.unwrap();
+        let plain = matrices == Matrices::Plain;
+        for (y, gated) in FLOATS.iter().flat_map(|&y| BOTH.map(|gated| (y, gated))) {
+            for (has_bias, has_residual) in BOTH.iter().flat_map(|&b| BOTH.map(|r| (b, r))) {
+                for activation in ["none", "relu", "gelu", "gelu_tanh", "silu"] {
+                    let shader = Shader::new("matmul_coop")
+                        .with("F16", true)
+                        .with("T", "f16")
+                        .with("O_TYPE", y)
+                        .with("HAS_BIAS", has_bias)
+                        .with("HAS_RESIDUAL", has_residual)
+                        .with("GATED", gated)
+                        .with("ACTIVATION", activation)
+                        .with("M", m)
+                        .with("LANES", if plain { 32 } else { most })
+                        .with("FIXED", least == most)
+                        .with("PLAIN", plain)
+                        .with("SOFTWARE", plain);
+                    let dense = shader.clone().with("W_TYPE", "f16");
+                    all.extend(VECTORS.map(|vec| dense.clone().with("VEC", vec)));
+                    if y == "f16" {
+                        for storage in ["q8_0", "q4_0", "q4_1"] {
+                            let shader = shader.clone().with("VEC", 4u32);
+                            all.push(shader.with("W_TYPE", storage));
+                        }
+                    }
+                }
+            }
+        }
+    }
     for t in FLOATS {
         for rms in BOTH {
             for has_rows in BOTH {

@@ -1,7 +1,7 @@
 //! Whether the prefill route's products go to cooperative matrices, and in which form.
 
 use super::super::problem::Problem;
-use crate::gpu::{Caps, DType, MATRIX_SUBGROUPS, Matrices};
+use crate::gpu::{Caps, DType, MATRIX_SUBGROUPS, MatrixForm};
 
 /// Rows of a subgroup.
 const ROWS: u32 = 16;
@@ -15,17 +15,10 @@ const V_BLOCK: u32 = 128;
 /// The form of `prefill_coop` for a problem on a device.
 #[derive(Clone, Copy)]
 pub(super) struct Coop {
-    /// Rows and columns of a matrix.
-    pub(super) m: u32,
-    /// Threads of a subgroup, where subgroups are as large as they may be.
-    pub(super) lanes: u32,
-    /// Whether they always are.
-    pub(super) fixed: bool,
+    pub(super) form: MatrixForm,
     /// Matrices along D, and along a workgroup's share of Dv.
     pub(super) d_tiles: u32,
     pub(super) v_tiles: u32,
-    /// Whether plain loops stand for the matrices.
-    pub(super) plain: bool,
 }
 
 impl Coop {
@@ -33,21 +26,16 @@ impl Coop {
     /// the weights among them: an output in f32 has a right to better ones, unless products in f16 were asked
     /// for.
     pub(super) fn new(problem: &Problem, caps: &Caps) -> Option<Coop> {
-        let m = caps.matrix_rows()?;
-        let (least, most) = caps.subgroups?;
-        let plain = caps.matrices == Matrices::Plain;
+        let form = caps.matrix_form()?;
         let [q, k, v, out] = problem.types;
         let (d, dv) = (problem.head_dim(), problem.value_dim());
         let precise = out == DType::F32 && !problem.options.f16_math;
         let fits =
             [q, k, v] == [DType::F16; 3] && !precise && DIMS.contains(&d) && dv >= *DIMS.start();
         fits.then_some(Coop {
-            m,
-            lanes: if plain { 32 } else { most },
-            fixed: least == most,
-            d_tiles: d.div_ceil(m),
-            v_tiles: dv.min(V_BLOCK).div_ceil(m),
-            plain,
+            form,
+            d_tiles: d.div_ceil(form.rows),
+            v_tiles: dv.min(V_BLOCK).div_ceil(form.rows),
         })
     }
 
@@ -58,17 +46,18 @@ impl Coop {
 
     /// Value columns of a workgroup.
     pub(super) fn columns(self) -> u32 {
-        self.v_tiles * self.m
+        self.v_tiles * self.form.rows
     }
 
     /// Matrices along a subgroup's rows.
     pub(super) fn tiles(self) -> u32 {
-        ROWS / self.m
+        ROWS / self.form.rows
     }
 
     /// Turns of a tile's products by plain loops, all that they load and store among them.
     pub(super) fn turns(self) -> u32 {
-        let products = (self.d_tiles + self.v_tiles) * self.tiles() * (BLOCK_K / self.m);
-        products * (self.m * self.m / self.lanes * (self.m + 2))
+        let MatrixForm { rows, lanes, .. } = self.form;
+        let products = (self.d_tiles + self.v_tiles) * self.tiles() * (BLOCK_K / rows);
+        products * (rows * rows / lanes * (rows + 2))
     }
 }

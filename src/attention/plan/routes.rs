@@ -183,13 +183,10 @@ impl Planner<'_> {
             let mut buffers = buffers.clone();
             buffers.extend(map.map(|_| "block_map"));
             let shader = match (coop, lanes) {
-                (Some(coop), _) => self
-                    .shader("prefill_coop", uses)
-                    .with("PLAIN", coop.plain)
-                    .with("M", coop.m)
+                (Some(coop), _) => coop
+                    .form
+                    .constants(self.shader("prefill_coop", uses))
                     .with("TILES", coop.tiles())
-                    .with("LANES", coop.lanes)
-                    .with("FIXED", coop.fixed)
                     .with("BLOCK_K", block_k)
                     .with("D_TILES", coop.d_tiles)
                     .with("V_TILES", coop.v_tiles),
