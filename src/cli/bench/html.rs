@@ -108,12 +108,20 @@ pub fn page(report: &Report) -> Result<String> {
         .map_err(|e| Error::refused("the page", format_args!("{e:#}"), "a template that renders"))
 }
 
-/// Ours and the peers of every shape that a peer has measured, bars as parts of the longest of them.
+/// Ours and the peers of every shape that peers were asked for, bars as parts of the longest of them.
 fn beside(report: &Report) -> Vec<minijinja::Value> {
     let mut shapes: Vec<_> = Vec::new();
-    for entry in report.entries.iter().filter(|entry| entry.peer.is_some()) {
-        if !shapes.contains(&entry.shape) {
-            shapes.push(entry.shape);
+    let entries = report.entries.iter().filter(|entry| entry.peer.is_some());
+    let failed = || {
+        let all = report.refused.iter();
+        all.filter(|one| PEERS.contains(&one.route.as_str()))
+    };
+    for shape in entries
+        .map(|entry| entry.shape)
+        .chain(failed().map(|one| one.shape))
+    {
+        if !shapes.contains(&shape) {
+            shapes.push(shape);
         }
     }
     let shape = |shape: Shape| {
@@ -122,7 +130,7 @@ fn beside(report: &Report) -> Vec<minijinja::Value> {
             .filter(|entry| entry.chosen || entry.peer.is_some())
             .collect();
         let longest = own.iter().map(|entry| entry.ms.median).fold(0.0, f64::max);
-        let bars: Vec<_> = own
+        let mut bars: Vec<_> = own
             .iter()
             .map(|entry| {
                 let wrong = entry.peer.as_ref().filter(|peer| !peer.right).map(off);
@@ -137,6 +145,11 @@ fn beside(report: &Report) -> Vec<minijinja::Value> {
                 }
             })
             .collect();
+        let failed = failed().filter(|one| one.shape == shape);
+        bars.extend(failed.map(|one| {
+            let route = one.route.as_str();
+            context! { name => route, route, why => one.why.as_str() }
+        }));
         context! { shape => shape.to_string(), bars }
     };
     shapes.into_iter().map(shape).collect()

@@ -12,13 +12,16 @@ use qkv::reference::{self, Attention, Offset};
 use super::super::Floats;
 use super::super::attend::route_name;
 use super::peers::Peer;
-use super::report::{self, Entry, Refused, Spread};
+use super::report::{self, Entry, Refused, Spread, ratio};
 use super::shape::Shape;
 
 /// Multiply-adds that the oracle may take for a shape: a second or so.
 const ORACLE: u64 = 1 << 29;
 /// Rounds at the least and at the most.
 const ROUNDS: [usize; 2] = [5, 200];
+/// What a peer's largest error may be, in f32 and in f16, as a part of the answer's root mean square. Some add
+/// up in f16.
+const RIGHT: [f64; 2] = [1e-3, 5e-2];
 /// Longer than threads of a peer spin after a call, waiting for another.
 const SETTLE: Duration = Duration::from_millis(250);
 
@@ -287,18 +290,11 @@ impl<'g> Inputs<'g> {
         }
         let base = ways.iter().position(|way| way.chosen).unwrap_or(0);
         let base = times.get(base).map_or(&[][..], Vec::as_slice);
-        // Ratios are of runs that followed each other, so that what slows both down is in neither.
-        let compared = |own: &[f64]| {
-            let ratios: Vec<f64> = own.iter().zip(base).map(|(a, b)| a / b).collect();
-            let ratio = Spread::of(&ratios);
-            let is_clear = !ratio.is_noisy() && !Spread::of(own).is_noisy();
-            is_clear.then_some(ratio.median)
-        };
         let mut entries = Vec::new();
         for (way, own) in ways.iter().zip(&times) {
             let alone = ways.len() + peers.len() == 1;
             entries.push(Entry {
-                ratio: compared(own).filter(|_| !alone),
+                ratio: ratio(own, base).filter(|_| !alone),
                 ..self.entry(way, own, &self.host(way)?, limits)
             });
         }
@@ -306,7 +302,7 @@ impl<'g> Inputs<'g> {
         for peer in peers {
             match self.peer_entry(peer, limits) {
                 Ok(entry) => entries.push(Entry {
-                    ratio: compared(&entry.times_ms).filter(|_| entry.is_right()),
+                    ratio: ratio(&entry.times_ms, base).filter(|_| entry.is_right()),
                     ..entry
                 }),
                 Err(why) => refused.push(Refused {
@@ -328,7 +324,7 @@ impl<'g> Inputs<'g> {
             timestamps: timed.timestamps,
             max_error: judged.max_of_rms,
             rms_error: judged.rms_of_rms,
-            right: judged.max_of_rms <= if self.shape.f16 { 2e-2 } else { 1e-3 },
+            right: judged.max_of_rms <= RIGHT[usize::from(self.shape.f16)],
         };
         let entry = Entry {
             plan: about.to_string(),
@@ -389,7 +385,9 @@ impl<'g> Inputs<'g> {
     /// What follows from the times alone.
     fn figures(&self, times: &[f64], limits: &Limits) -> Entry {
         let shape = self.shape;
-        let spread = Spread::of(times);
+        // Clocks tell no more than nanoseconds.
+        let times_ms: Vec<f64> = times.iter().map(|ms| (ms * 1e6).round() / 1e6).collect();
+        let spread = Spread::of(&times_ms);
         // What is stored in f16 may be multiplied in f32: the better of both is its limit.
         let f16 = limits.f16.filter(|_| shape.f16).unwrap_or(limits.f32);
         let most = limits.f32.flops.max(f16.flops);
@@ -413,8 +411,7 @@ impl<'g> Inputs<'g> {
             }),
             error: 0.0,
             rows: 0,
-            // Clocks tell no more than nanoseconds.
-            times_ms: times.iter().map(|ms| (ms * 1e6).round() / 1e6).collect(),
+            times_ms,
             peer: None,
         }
     }

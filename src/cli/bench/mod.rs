@@ -210,19 +210,20 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
         }
         for one in &refused {
             let (shape, route, why) = (one.shape.to_string(), &one.route, &one.why);
-            bar.suspend(|| say(format_args!("{shape:30}{route:12}{why}\n")))?;
+            bar.suspend(|| say(format_args!("{shape:33}{route:12}{why}\n")))?;
         }
         report.entries.extend(entries);
         report.refused.extend(refused);
+        // A run that is stopped keeps what it has.
+        if let Some(path) = &options.json {
+            let json = serde_json::to_string_pretty(&report).map_err(|e| Error::file(path, e))?;
+            write(path, format!("{json}\n"))?;
+        }
         bar.inc(1);
     }
     bar.finish_and_clear();
     gpu.save_pipelines();
 
-    if let Some(path) = &options.json {
-        let json = serde_json::to_string_pretty(&report).map_err(|e| Error::file(path, e))?;
-        write(path, format!("{json}\n"))?;
-    }
     if let Some(path) = &options.csv {
         write(path, report.csv())?;
     }
@@ -295,7 +296,7 @@ fn heading(report: &Report) -> String {
         text += "times are by the host's clock: the device has none\n";
     }
     text + &format!(
-        "\n{:30}{:12}{:>11}{:>7}{:>16}{:>8}{:>7}{:>10}{:>10}{:>7}  {}\n",
+        "\n{:33}{:12}{:>11}{:>7}{:>16}{:>8}{:>7}{:>10}{:>10}{:>7}  {}\n",
         "B,H,Hk,Q,K,D",
         "route",
         "median ms",
@@ -332,7 +333,7 @@ fn line(entry: &Entry) -> String {
         _ => entry.plan.clone(),
     };
     format!(
-        "{:30}{:12}{:11.4}{noise:5.0} %{rate:>16}{:>8}{:>7}{:>10}{:10.0}{:>7}  {plan}",
+        "{:33}{:12}{:11.4}{noise:5.0} %{rate:>16}{:>8}{:>7}{:>10}{:10.0}{:>7}  {plan}",
         entry.shape.to_string(),
         format!("{}{star}", entry.route),
         entry.ms.median,

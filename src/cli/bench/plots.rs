@@ -101,6 +101,7 @@ fn draw(
             .axis_desc_style(text)
             .x_desc(axes[0])
             .y_desc(axes[1])
+            .x_labels(7)
             .x_label_formatter(&figure)
             .y_label_formatter(&figure)
             .draw()?;

@@ -169,6 +169,15 @@ impl Spread {
     }
 }
 
+/// What takes `own` beside what took `base` ms, by runs that followed each other, so that what slows both down
+/// is not in it; none where that is noisy, or the times are.
+pub fn ratio(own: &[f64], base: &[f64]) -> Option<f64> {
+    let ratios: Vec<f64> = own.iter().zip(base).map(|(a, b)| a / b).collect();
+    let ratio = Spread::of(&ratios);
+    let is_clear = !ratio.is_noisy() && !Spread::of(own).is_noisy();
+    is_clear.then_some(ratio.median)
+}
+
 impl Report {
     pub fn load(path: &Path) -> Result<Report> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
@@ -226,7 +235,7 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
-    use super::Spread;
+    use super::{Spread, ratio};
 
     #[test]
     fn quartiles_and_noise() {
@@ -241,5 +250,16 @@ mod tests {
         assert!(!Spread::of(&[1.0, 1.01, 1.02, 1.0]).is_noisy());
         assert_eq!(Spread::of(&[2.0, 3.0]).median, 2.5);
         assert!(Spread::of(&[]).is_noisy());
+    }
+
+    #[test]
+    fn ratios_are_of_one_round() {
+        let base = [1.0, 1.0, 1.0, 9.0, 1.0];
+        let three = base.map(|ms| 3.0 * ms);
+        assert_eq!(ratio(&three, &base), Some(3.0));
+        assert_eq!(ratio(&base, &three), Some(1.0 / 3.0));
+        assert_eq!(ratio(&three, &[1.0, 2.0, 1.0, 2.0, 2.0]), None);
+        assert_eq!(ratio(&[1.0, 2.0, 3.0], &[1.0, 2.0, 3.0]), None);
+        assert_eq!(ratio(&three, &[]), None);
     }
 }
