@@ -135,7 +135,7 @@ fn section(report: &Report, record: &str) -> String {
     }
     for (ix, (route, why)) in reasons.iter().enumerate() {
         let before = if ix == 0 { "\n" } else { "" };
-        let why: String = why.chars().take(150).collect();
+        let why: String = why.chars().take(400).collect();
         text += &format!("{before}{}. {route}: {why}\n", ix + 1);
     }
     text

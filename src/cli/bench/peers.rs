@@ -158,7 +158,7 @@ impl Peers {
         std::fs::write(&script, SCRIPT).map_err(|e| Error::file(&script, e))?;
         let mut missing: Vec<String> = Vec::new();
         for &name in &peers.names {
-            let said = peers.talk(name).and_then(|(_, hello)| Ok(hello.missing));
+            let said = peers.talk(name).map(|(_, hello)| hello.missing);
             match said {
                 Ok(more) => missing.extend(more),
                 Err(why) if name == Name::Burn => {
