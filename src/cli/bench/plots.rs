@@ -102,6 +102,7 @@ fn draw(
             .x_desc(axes[0])
             .y_desc(axes[1])
             .x_labels(7)
+            .y_labels(7)
             .x_label_formatter(&figure)
             .y_label_formatter(&figure)
             .draw()?;
