@@ -69,9 +69,8 @@ fn main(
     workgroupBarrier();
 
     // Every team takes as many steps, so that shuffles meet all lanes; keys past the end weigh nothing.
-    let steps = (max(work.to_key, work.from_key) - work.from_key + STEP - 1u) / STEP;
-    for (var step = 0u; step < steps; step += 1u) {
-        let j_from = work.from_key + step * STEP + team * LANES * KEYS;
+    for (var step = work.from_key; step < work.to_key; step = next_step(work.low, step, STEP)) {
+        let j_from = step + team * LANES * KEYS;
 {% for e in range(KEYS) %}
         let k_row_{{ e }} = key_at(P.k_at, work.kb, work.kh, min(j_from + {{ e }}u * LANES + lane, work.to_key - 1u));
 {% endfor %}
