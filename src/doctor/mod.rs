@@ -4,18 +4,22 @@
 //! oracle. Its short form runs once for each device and driver, when [`Gpu::choose`] first opens it, on the
 //! kernels of powers that drivers have got wrong before: subgroup operations, and `f16`. What it found is kept
 //! in the user's cache directory, and a power whose kernels were wrong is taken from [`Gpu::caps`], so that
-//! no plan uses it; a warning says so. In a device of the caller's nothing is run unasked:
+//! no plan uses it; a warning says so. A power whose examination has ended two processes counts as wrong too,
+//! until `qkv doctor` looks at it again. In a device of the caller's nothing is run unasked:
 //! [`Gpu::self_tested`] asks.
 
+mod attempts;
 mod problems;
 mod tolerance;
 mod verdict;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use attempts::Attempts;
 pub use problems::Hard;
 use problems::Prepared;
 pub use tolerance::Tolerance;
@@ -80,18 +84,26 @@ pub struct Report {
     pub verdict: Verdict,
 }
 
-/// How q and out, and k and v, are stored, and the problems that are run so. A variant takes a compiler up to
-/// seconds, so each storage has those that differ by it.
-const STORAGES: [([DType; 2], &[Hard]); 5] = [
-    ([DType::F32; 2], &Hard::ALL),
-    ([DType::F16; 2], &[Hard::Lengths, Hard::Loud, Hard::Odd]),
-    ([DType::BF16; 2], &[Hard::Lengths, Hard::Loud, Hard::Odd]),
+/// How q and out, and k and v, are stored, and problems that are run so, together where they share their variants.
+/// A variant takes a compiler up to seconds, so each storage has those that differ by it.
+const JOBS: [([DType; 2], &[Hard]); 10] = [
+    ([DType::F32; 2], &[Hard::Lengths, Hard::Loud]),
+    ([DType::F32; 2], &[Hard::Odd]),
+    ([DType::F32; 2], &[Hard::Masked]),
+    ([DType::F32; 2], &[Hard::Parts]),
+    ([DType::F16; 2], &[Hard::Lengths, Hard::Loud]),
+    ([DType::F16; 2], &[Hard::Odd]),
+    ([DType::BF16; 2], &[Hard::Lengths, Hard::Loud]),
+    ([DType::BF16; 2], &[Hard::Odd]),
     ([DType::F32, DType::Q8_0], &[Hard::Parts]),
     ([DType::F32, DType::Q4_0], &[Hard::Parts]),
 ];
+/// Devices that jobs run on at once: compilers are what takes the time.
+const DEVICES: usize = 4;
 
 /// Runs every route on every problem in every storage type, with subgroup operations and without, on the
-/// device that [`Gpu::choose`] would take, and remembers the verdict. `see` hears of each check.
+/// device that [`Gpu::choose`] would take, opened once a processor up to four times, and remembers the verdict.
+/// `see` hears of each check as it ends; the report has them in order.
 ///
 /// # Errors
 /// [`Error::NoAdapter`], [`Error::OutOfMemory`] and [`Error::DeviceLost`]; a wrong answer is none.
@@ -99,31 +111,49 @@ pub fn examine(wanted: Option<&str>, see: &mut dyn FnMut(&Check)) -> Result<Repo
     // By the table: what was tuned is another question.
     let gpu = Gpu::open(wanted)?.untuned();
     let claimed = gpu.caps().clone();
-    let mut powers = vec![gpu.clone()];
-    if claimed.subgroups.is_some() {
-        powers.push(gpu.narrowed(claimed.without_subgroups()));
-    }
-    let mut checks = Vec::new();
-    for (storage, problems) in STORAGES {
-        if storage.contains(&DType::F16) && !claimed.f16 {
-            continue;
-        }
-        for &hard in problems {
-            let prepared = Prepared::new(&gpu, hard, storage)?;
-            for (ix, gpu) in powers.iter().enumerate() {
-                // The three passes have no subgroup operations to do without, and where these are right,
-                // what stands in for them is not what runs.
-                let first = ix == 0 || storage == [DType::F32; 2];
-                for route in Route::ALL {
-                    if first && (ix == 0 || route != Route::ThreePass) {
-                        let check = Check::new(gpu, &prepared, route)?;
-                        see(&check);
-                        checks.push(check);
+    let devices = std::thread::available_parallelism().map_or(1, |n| n.get().min(DEVICES));
+    let next = AtomicUsize::new(0);
+    let mut found = std::thread::scope(|scope| -> Result<Vec<(usize, Check)>> {
+        let (tell, hear) = mpsc::channel();
+        for ix in 0..devices {
+            let (tell, next, gpu) = (tell.clone(), &next, gpu.clone());
+            scope.spawn(move || {
+                let work = || -> Result<()> {
+                    let gpu = match ix {
+                        0 => gpu,
+                        _ => Gpu::open(wanted)?.untuned(),
+                    };
+                    loop {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(&(storage, problems)) = JOBS.get(at) else {
+                            return Ok(());
+                        };
+                        let mut heard = true;
+                        examine_job(&gpu, storage, problems, &mut |check| {
+                            heard = tell.send(Ok((at, check))).is_ok();
+                        })?;
+                        // Another one's error has ended it all.
+                        if !heard {
+                            return Ok(());
+                        }
                     }
+                };
+                if let Err(e) = work() {
+                    let _ = tell.send(Err(e));
                 }
-            }
+            });
         }
-    }
+        drop(tell);
+        let mut found = Vec::new();
+        for one in hear {
+            let (at, check) = one?;
+            see(&check);
+            found.push((at, check));
+        }
+        Ok(found)
+    })?;
+    found.sort_by_key(|&(at, _)| at);
+    let checks: Vec<Check> = found.into_iter().map(|(_, check)| check).collect();
     let verdict = Verdict::of(&checks);
     let identity = gpu.identity();
     if let Some(folder) = folder() {
@@ -136,6 +166,35 @@ pub fn examine(wanted: Option<&str>, see: &mut dyn FnMut(&Check)) -> Result<Repo
         checks,
         verdict,
     })
+}
+
+/// Every route on some problems, with subgroup operations and without.
+fn examine_job(
+    gpu: &Gpu,
+    storage: [DType; 2],
+    problems: &[Hard],
+    see: &mut dyn FnMut(Check),
+) -> Result<()> {
+    let claimed = gpu.caps();
+    if storage.contains(&DType::F16) && !claimed.f16 {
+        return Ok(());
+    }
+    let without = claimed.subgroups.is_some() && storage == [DType::F32; 2];
+    let without = without.then(|| gpu.narrowed(claimed.without_subgroups()));
+    for &hard in problems {
+        let prepared = Prepared::new(gpu, hard, storage)?;
+        for route in Route::ALL {
+            see(Check::new(gpu, &prepared, route)?);
+        }
+        // The three passes have no subgroup operations to do without, and where these are right, what stands
+        // in for them is not what runs.
+        if let Some(gpu) = &without {
+            for route in [Route::Prefill, Route::Decode] {
+                see(Check::new(gpu, &prepared, route)?);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What is known to go wrong on such a device and is kept from happening, a line each.
@@ -152,8 +211,14 @@ pub fn avoided(caps: &Caps) -> Vec<&'static str> {
 }
 
 /// The short form: each power's kernels on two problems that share their variants, few and small ones, as
-/// this is somebody's first start.
-fn judge(gpu: &Gpu, verdict: &mut Verdict) -> Result<()> {
+/// this is somebody's first start. What is found of each power is remembered at once, as the next may end the
+/// process.
+fn judge(
+    gpu: &Gpu,
+    verdict: &mut Verdict,
+    attempts: &mut Attempts,
+    remember: &dyn Fn(&Verdict),
+) -> Result<()> {
     let run = |gpu: &Gpu, dtype, routes| -> Result<Vec<Check>> {
         let mut checks = Vec::new();
         for hard in [Hard::Lengths, Hard::Loud] {
@@ -171,12 +236,11 @@ fn judge(gpu: &Gpu, verdict: &mut Verdict) -> Result<()> {
     let claimed = gpu.caps();
     if claimed.subgroups.is_some() && verdict.subgroups == Finding::Unknown {
         let routes = [Route::Prefill, Route::Decode];
-        let checks = run(
-            &gpu.narrowed(claimed.without_f16()).untuned(),
-            DType::F32,
-            routes,
-        )?;
-        verdict.subgroups = Verdict::of(&checks).subgroups;
+        let plain = gpu.narrowed(claimed.without_f16()).untuned();
+        verdict.subgroups = attempts.at("subgroups", || {
+            Ok(Verdict::of(&run(&plain, DType::F32, routes)?).subgroups)
+        })?;
+        remember(verdict);
         gpu.alive()?;
     }
     if claimed.f16 && verdict.f16 == Finding::Unknown {
@@ -184,8 +248,10 @@ fn judge(gpu: &Gpu, verdict: &mut Verdict) -> Result<()> {
         let left = left.narrowed(left.caps().clone()).untuned();
         // What loads and stores it is the same text in every fused kernel.
         let routes = [Route::ThreePass, Route::Decode];
-        let checks = run(&left, DType::F16, routes)?;
-        verdict.f16 = Verdict::of(&checks).f16;
+        verdict.f16 = attempts.at("f16", || {
+            Ok(Verdict::of(&run(&left, DType::F16, routes)?).f16)
+        })?;
+        remember(verdict);
     }
     Ok(())
 }
@@ -195,21 +261,22 @@ fn consult(gpu: &Gpu, folder: Option<&Path>) -> Verdict {
     let identity = gpu.identity();
     let remembered = folder.and_then(|folder| Verdict::recall(folder, &identity));
     let mut verdict = remembered.unwrap_or_default();
-    let before = verdict.clone();
-    let started = Instant::now();
-    if let Err(error) = judge(gpu, &mut verdict) {
-        tracing::debug!("the device was not examined to the end: {error}");
+    if verdict.covers(gpu.caps()) {
+        return verdict;
     }
-    if verdict != before {
-        tracing::debug!(
-            ms = started.elapsed().as_secs_f64() * 1e3,
-            ?verdict,
-            "examined"
-        );
+    let started = Instant::now();
+    let path = folder.map(|folder| verdict::attempts_path(folder, &identity));
+    let mut attempts = Attempts::open(path.as_deref());
+    let remember = |verdict: &Verdict| {
         if let Some(folder) = folder {
             verdict.remember(folder, &identity);
         }
+    };
+    if let Err(error) = judge(gpu, &mut verdict, &mut attempts, &remember) {
+        tracing::debug!("the device was not examined to the end: {error}");
     }
+    let ms = started.elapsed().as_secs_f64() * 1e3;
+    tracing::debug!(ms, ?verdict, "examined");
     verdict
 }
 

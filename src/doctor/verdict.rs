@@ -97,7 +97,7 @@ impl Verdict {
                 power,
                 device = gpu.caps().name,
                 ?finding,
-                "kernels give wrong answers and are not used; `qkv doctor` looks again"
+                "its kernels are wrong here and are not used; `qkv doctor` looks again"
             );
         };
         if caps.subgroups.is_some() && self.subgroups.is_wrong() {
@@ -147,4 +147,9 @@ fn header(identity: &str) -> String {
 
 fn path(folder: &Path, header: &str) -> PathBuf {
     folder.join(format!("verdict-{:016x}", checksum(header.as_bytes())))
+}
+
+/// Where the attempts at a verdict are kept.
+pub(super) fn attempts_path(folder: &Path, identity: &str) -> PathBuf {
+    path(folder, &header(identity)).with_extension("attempts")
 }
