@@ -54,7 +54,7 @@ fn main(
     let column = thread % COLUMNS;
     let slice = thread / COLUMNS;
 
-    for (var j_from = work.from_key; j_from < work.to_key; j_from += STEP) {
+    for (var j_from = work.from_key; j_from < work.to_key; j_from = next_step(work.low, j_from, STEP)) {
 {% for r in range(ROWS) %}
         var s_{{ r }} = vec4<f32>();
 {% endfor %}

@@ -69,11 +69,14 @@ fn main(
     workgroupBarrier();
 
     // Every team takes as many steps, so that shuffles meet all lanes; keys past the end weigh nothing.
-    let steps = (max(work.to_key, work.from_key) - work.from_key + STEP - 1u) / STEP;
-    for (var step = 0u; step < steps; step += 1u) {
-        let j_from = work.from_key + step * STEP + team * LANES * KEYS;
+    for (var step = work.from_key; step < work.to_key; step = next_step(work.low, step, STEP)) {
+        let j_from = step + team * LANES * KEYS;
 {% for e in range(KEYS) %}
-        let k_row_{{ e }} = key_at(P.k_at, work.kb, work.kh, min(j_from + {{ e }}u * LANES + lane, work.to_key - 1u));
+        let place_{{ e }} = place_of(work.kb, min(j_from + {{ e }}u * LANES + lane, work.to_key - 1u));
+        let k_row_{{ e }} = place_at(P.k_at, place_{{ e }}, work.kh);
+{% if TABLED %}
+        let v_own_{{ e }} = place_at(P.v_at, place_{{ e }}, work.kh);
+{% endif %}
 {% endfor %}
 {% for r in range(ROWS) %}
 {% for e in range(KEYS) %}
@@ -126,7 +129,12 @@ fn main(
         for (var n = 0u; n < LANES{{ ROLL }}; n += 1u) {
 {% for e in range(KEYS) %}
             {
+{% if TABLED %}
+                // The lane that had the key has asked the table.
+                let v_row = subgroupShuffle(v_own_{{ e }}, team_lane + n);
+{% else %}
                 let v_row = key_at(P.v_at, work.kb, work.kh, min(j_from + {{ e }}u * LANES + n, work.to_key - 1u));
+{% endif %}
 {% for r in range(ROWS) %}
                 let w_{{ r }} = subgroupShuffle(p_{{ r }}_{{ e }}, team_lane + n);
 {% endfor %}

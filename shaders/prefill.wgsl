@@ -3,7 +3,7 @@
 //   one workgroup: 32 of the rows of one KV head, one block of at most 128 value columns, 8 threads a row;
 //   the rows are the queries of the G = H / Hk heads of the group, one head after the other
 //   m, l, O = NEVER, 0, 0                    a thread: ROWS rows; O has ROWS rows x 4 columns a chunk
-//   for each tile of 32 keys from the first to the last that a row of the block sees:
+//   for each tile of 32 keys that a row of the block may see:
 //     for each 32 columns of D: stage Q and K; S += Q K^T            a thread: ROWS rows x 4 keys
 //     score; if rowmax S > m + 8: m' = rowmax S; l, O = l * a, O * a, a = exp2(m - m')
 //     P = exp2(S - m); l += P
@@ -125,7 +125,6 @@ fn main(
     let i_high = select(queries - 1u, row_last % queries, one_head);
     let low = keys_of(b, start + i32(i_low), length);
     let high = keys_of(b, start + i32(i_high), length);
-    let k_first = first_key(low) / BLOCK_K * BLOCK_K;
     let k_last = last_key(high);
 
     let tx = thread % 8u;   // keys tx, tx + 8, ..; columns 4 tx .. 4 tx + 3 of a chunk of V
@@ -152,7 +151,7 @@ fn main(
     let o_at_{{ i }} = query_at(P.o_at, b, kh * per_kv + from_{{ i }} / queries, from_{{ i }} % queries);
 {% endfor %}
 
-    for (var k_from = k_first; k_from < k_last; k_from += BLOCK_K) {
+    for (var k_from = first_step(low, 0u, BLOCK_K); k_from < k_last; k_from = next_step(low, k_from, BLOCK_K)) {
 {% if HAS_BLOCK_MAP %}
         // Tiles that the mask empties for every row are skipped.
         if (block_map[(index / v_blocks) * P.k_blocks + k_from / BLOCK_K] == 0u) { continue; }

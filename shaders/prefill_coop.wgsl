@@ -156,7 +156,6 @@ fn main(
     let i_high = select(queries - 1u, row_last % queries, one_head);
     let low = keys_of(b, start + i32(i_low), length);
     let high = keys_of(b, start + i32(i_high), length);
-    let k_first = first_key(low) / BLOCK_K * BLOCK_K;
     let k_last = last_key(high);
 
     // In the softmax a thread has every {{ TEAM }}th four keys of one row; in the products a subgroup has {{ TILES * M }} rows.
@@ -194,7 +193,7 @@ fn main(
 {% endfor %}
 {% endfor %}
 
-    var k_from = k_first;
+    var k_from = first_step(low, 0u, BLOCK_K);
 {{ next_tile("k_from") }}
     if (k_from < k_last) {
 {{ stage_k("k_from") }}
@@ -203,7 +202,7 @@ fn main(
     workgroupBarrier();
     loop {
         if (k_from >= k_last) { break; }
-        var k_next = k_from + BLOCK_K;
+        var k_next = next_step(low, k_from, BLOCK_K);
 {{ next_tile("k_next") }}
         {
 {% for t in range(BLOCK_K // M) %}

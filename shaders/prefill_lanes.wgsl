@@ -3,7 +3,7 @@
 //   one workgroup is one team of LANES lanes: ROWS of the rows of one KV head, one block of value columns
 //   m, l, O = NEVER, 0, 0                 every lane holds m of each row, its own share of l, and of O the
 //                                         columns 4 lane .. 4 lane + 3 of each chunk
-//   for each tile of 4 LANES keys from the first to the last that a row of the block sees:
+//   for each tile of 4 LANES keys that a row of the block may see:
 //     lane = 4 keys; for each 4 columns of D: a lane reads its keys and a row of Q, which it passes on;
 //       S[r] += Q[r] K^T
 //     score; where rowmax S, by shuffles, > m + 8: m' = rowmax S; l, O = l * a, O * a, a = exp2(m - m')
@@ -84,7 +84,6 @@ fn main(
     let i_high = select(queries - 1u, row_last % queries, one_head);
     let low = keys_of(b, start + i32(i_low), length);
     let high = keys_of(b, start + i32(i_high), length);
-    let k_first = first_key(low) / BLOCK_K * BLOCK_K;
     let k_last = last_key(high);
 
     // Rows lane, lane + LANES, .. are a lane's own to read: past the last they repeat it.
@@ -103,7 +102,7 @@ fn main(
 {% endfor %}
 {% endfor %}
 
-    for (var k_from = k_first; k_from < k_last; k_from += BLOCK_K) {
+    for (var k_from = first_step(low, 0u, BLOCK_K); k_from < k_last; k_from = next_step(low, k_from, BLOCK_K)) {
 {% if HAS_BLOCK_MAP %}
         // Tiles that the mask empties for every row are skipped.
         if (block_map[(index / v_blocks) * P.k_blocks + k_from / BLOCK_K] == 0u) { continue; }

@@ -92,7 +92,7 @@ fn a_bench_verifies_times_and_writes_its_files() {
             .sum()
     };
     let counts: Vec<usize> = lines.lines().map(columns).collect();
-    assert_eq!(counts, [20; 10], "{lines}");
+    assert_eq!(counts, [23; 10], "{lines}");
 
     // One file: nothing is fetched, and every shape is there.
     let html = std::fs::read_to_string(&page).unwrap();
@@ -142,6 +142,178 @@ fn shapes_that_make_no_sense_are_refused() {
         refuses(&qkv(&["bench", shape]), words);
     }
     refuses(&qkv(&["bench", "1,1,1,1,1,1", "--seconds", "-1"]), &["-1"]);
+}
+
+/// Peers that speak their protocol and need nothing: `python FILE NAME PACKAGE...`. What they compute is
+/// attention over one key, whose value is the answer; each does something else with it.
+#[cfg(unix)]
+mod peers {
+    use super::*;
+
+    const FAKE: &str = r#"#!/bin/sh
+here=${0%/*}
+case $2 in ggml) [ -e "$here/lacking" ] && { echo '{"missing": ["this", "that"]}'; exit; } ;; esac
+echo '{"missing": []}'
+read -r line || exit 0
+field() { printf '%s\n' "$line" | sed "s/.*\"$1\":\"\([^\"]*\)\".*/\1/"; }
+input=$(field input) output=$(field output)
+case $line in *'"causal":true'*) causal=1 ;; *) causal= ;; esac
+[ "$2$causal" = ggml1 ] && { printf '%s\n' '{"failed": "a line\n  and another"}'; exit; }
+printf '%s\n' '{"first_ms": 7, "about": {"version": "1.2", "device": "a \"fake\""}}'
+times=
+while read -r line && [ "$line" = '"call"' ]; do
+  [ "$2$causal" = torch1 ] && { echo 'it is no more' >&2; exit 3; }
+  [ "$2$causal" = ort1 ] && sleep 60
+  times="$times${times:+, }2.5"
+  echo '{}'
+done
+# In the file, v is last. torch is right, ort wrong, ggml no number.
+cat "$here/header" >"$output"
+case $2 in
+  torch) tail -c 16 "$input" >>"$output" ;;
+  ort) printf '0000000000000000' >>"$output" ;;
+  ggml) printf '\377\377\377\377\377\377\377\377\377\377\377\377\377\377\377\377' >>"$output" ;;
+esac
+echo "{\"clock\": \"host\", \"times_ms\": [$times${SPOILT}]}"
+"#;
+
+    /// The script, and a header of the answer's file.
+    fn fake() -> (tempfile::TempDir, String) {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fake");
+        std::fs::write(&path, FAKE).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o700)).unwrap();
+        let header = r#"{"out":{"dtype":"F32","shape":[1,1,1,4],"data_offsets":[0,16]}}"#;
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.bytes());
+        std::fs::write(folder.path().join("header"), bytes).unwrap();
+        let path = path.to_str().unwrap().to_string();
+        (folder, path)
+    }
+
+    #[test]
+    fn right_wrong_and_failing_ones_are_shown_as_such() {
+        let (folder, fake) = fake();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+        let [report, table, page] = ["a.json", "a.csv", "a.html"].map(path);
+        let said = stdout(&qkv(&[
+            "bench",
+            "1,1,1,1,1,4",
+            "1,1,1,1,1,4,causal",
+            "--peers=torch,ort,ggml",
+            "--python",
+            &fake,
+            "--peer-timeout",
+            "2",
+            "--seconds",
+            "0",
+            "--json",
+            &report,
+            "--csv",
+            &table,
+            "--html",
+            &page,
+        ]));
+        let found = json(Path::new(&report));
+        let of = |list: &str, route: &str, causal: bool| {
+            let own = found[list].as_array().unwrap().iter();
+            let mut own = own.filter(|e| e["route"] == route && e["shape"]["causal"] == causal);
+            own.next()
+                .unwrap_or_else(|| panic!("{list} {route}: {found:#}"))
+                .clone()
+        };
+        let [torch, ort] = ["torch", "ort"].map(|name| of("entries", name, false));
+        assert_eq!(torch["peer"]["right"], true);
+        assert_eq!(torch["error"], 0.0);
+        assert_eq!(torch["ms"]["median"], 2.5);
+        assert_eq!(torch["first_ms"], 7.0);
+        assert_eq!(torch["times_ms"].as_array().unwrap().len(), 5);
+        assert_eq!(torch["peer"]["about"]["version"], "1.2");
+        assert_eq!(torch["peer"]["timestamps"], false);
+        assert_eq!(ort["peer"]["right"], false);
+        assert!(ort["error"].as_f64().unwrap() > 100.0);
+        // What is wrong is compared with nothing.
+        assert_eq!(ort["ratio"], Value::Null);
+        for (name, causal, why) in [
+            ("ggml", false, "WRONG: its answer has a value of NaN"),
+            ("ggml", true, "a line and another"),
+            ("torch", true, "it ended, exit status: 3: it is no more"),
+            ("ort", true, "no answer in 2 s"),
+        ] {
+            assert_eq!(of("refused", name, causal)["why"], why);
+            assert!(said.contains(why), "{said}");
+            for file in [&table, &page] {
+                let text = std::fs::read_to_string(file).unwrap();
+                assert!(text.contains(why), "{why}: {text}");
+            }
+        }
+        let line = |name: &str| said.lines().find(|line| line.contains(name)).unwrap();
+        assert!(line(" torch ").contains("1.2, a \"fake\", by the host's clock"));
+        assert!(!line(" torch ").contains("WRONG"));
+        assert!(line(" ort ").contains("WRONG, off by "), "{said}");
+        let html = std::fs::read_to_string(&page).unwrap();
+        assert!(html.contains("WRONG, off by "), "{html}");
+    }
+
+    #[test]
+    fn peers_that_cannot_run_here_are_refused() {
+        let (folder, fake) = fake();
+        let bench = |more: &[&str]| qkv(&[&["bench", "1,1,1,1,1,4"], more].concat());
+        let nowhere = folder.path().join("nowhere");
+        let nowhere = nowhere.to_str().unwrap();
+        refuses(
+            &bench(&["--peers", "--python", nowhere]),
+            &[
+                "--python is ",
+                "nowhere",
+                "--peers=ort,torch",
+                "pip install numpy safetensors onnx onnxruntime-webgpu torch",
+            ],
+        );
+        refuses(
+            &bench(&["--peers=burn", "--burn", nowhere]),
+            &[
+                "--burn is ",
+                "nowhere",
+                "cargo install --path benches/peers/burn",
+            ],
+        );
+        // A program of another kind.
+        refuses(
+            &bench(&["--peers=torch", "--python", "/bin/echo"]),
+            &["it answers \"/", "pip install"],
+        );
+        refuses(
+            &bench(&["--peers=torch", "--python", "false"]),
+            &["it ended, exit status: 1"],
+        );
+        refuses(&bench(&["--peers=caffe"]), &["caffe", "ort"]);
+        refuses(&bench(&["--burn", &fake]), &["--peers"]);
+        std::fs::write(folder.path().join("lacking"), "").unwrap();
+        refuses(
+            &bench(&["--peers=ggml,torch", "--python", &fake]),
+            &["it lacks that, this; ", "pip install", "loom-py-rt=="],
+        );
+    }
+
+    #[test]
+    fn times_that_cannot_be_are_not_believed() {
+        let (folder, fake) = fake();
+        let report = folder.path().join("a.json");
+        for (spoilt, why) in [
+            (", 1", "it gave 6 times for 5 calls"),
+            (", \"x\"", "it answers "),
+        ] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_qkv"));
+            command.env("SPOILT", spoilt);
+            command.args(["bench", "1,1,1,1,1,4", "--peers=torch", "--seconds", "0"]);
+            command.args(["--python", &fake, "--json", report.to_str().unwrap()]);
+            stdout(&command.output().unwrap());
+            let said = json(&report)["refused"][0]["why"].to_string();
+            assert!(said.contains(why), "{said}");
+        }
+    }
 }
 
 /// A report of one shape on two routes: medians and the distance between quartiles, in ms.

@@ -160,6 +160,43 @@ fn prefill_takes_time_with_the_square_and_causal_half_of_it() {
     }
 }
 
+/// Keys between a prefix and a window, which no query sees: with a short prefix at the beginning of many keys it takes
+/// about as long as without.
+#[test]
+fn keys_between_a_prefix_and_a_window_cost_nothing() {
+    let k_len = times([16384; 4], 8)[0];
+    let prefix = gpu().upload_u32("prefix", &[1], &[32]).unwrap();
+    for (route, q_len, splits, batch_invariant) in [
+        (Route::Prefill, 256, None, false),
+        (Route::Decode, 1, None, false),
+        (Route::Decode, 1, Some(1), false),
+        (Route::Decode, 1, None, true),
+    ] {
+        let inputs = Inputs::new(4, q_len, k_len);
+        let options = Options {
+            causal: true,
+            window: [Some(2047), None],
+            route: Some(route),
+            splits,
+            batch_invariant,
+            ..Options::default()
+        };
+        let recordings = [None, Some(&prefix)].map(|prefix_len| {
+            let tensors = Tensors {
+                prefix_len,
+                ..inputs.tensors()
+            };
+            let mut recorder = Recorder::new(gpu());
+            record(&mut recorder, &tensors, &options).unwrap();
+            recorder.finish().unwrap()
+        });
+        let name = format!("{route:?}, {splits:?} splits, with a prefix");
+        settle(&recordings, |seconds| {
+            within(&name, seconds[1] / seconds[0], [0.5, 1.5])
+        });
+    }
+}
+
 /// Bytes that a recording holds beside the problem's own tensors.
 fn bytes_held(inputs: &Inputs, options: &Options) -> u64 {
     let before = gpu().counters().bytes;

@@ -46,7 +46,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("layers", &["attention", "cache", "ops", "gpu", "error"]),
     ("tune", &["attention", "gpu", "error"]),
-    ("doctor", &["attention", "gpu", "error", "reference"]),
+    ("doctor", &["attention", "ops", "gpu", "error", "reference"]),
     ("attention", &["gpu", "error"]),
     ("cache", &["gpu", "error"]),
     ("ops", &["gpu", "error"]),

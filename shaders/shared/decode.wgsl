@@ -22,6 +22,7 @@ struct Work {
     split: u32,
     length: u32,              // of the keys
     from_key: u32, to_key: u32,
+    low: Keys,                // what the first query sees
     start: i32,               // where query 0 stands
 }
 
@@ -43,16 +44,12 @@ fn work_of(index: u32) -> Work {
     // The keys that any of the rows sees, and of those this part's.
     let last = min(work.first + {{ ROWS }}u, work.rows) - 1u;
     let one_head = work.first / work.queries == last / work.queries;
-    let low = keys_of(work.b, work.start + i32(select(0u, work.first % work.queries, one_head)), work.length);
+    work.low = keys_of(work.b, work.start + i32(select(0u, work.first % work.queries, one_head)), work.length);
     let high = keys_of(work.b, work.start + i32(select(work.queries - 1u, last % work.queries, one_head)), work.length);
-    work.from_key = work.split * P.split_len;
-    work.to_key = min(work.from_key + P.split_len, last_key(high));
-{% if INVARIANT %}
-    // Steps begin where the part does, whatever the neighbours see.
-    if (work.to_key <= first_key(low)) { work.to_key = work.from_key; }
-{% else %}
-    work.from_key = max(work.from_key, first_key(low) / 64u * 64u);
-{% endif %}
+    let from_key = work.split * P.split_len;
+    work.to_key = min(from_key + P.split_len, last_key(high));
+    // In an invariant plan steps lie as they do from the part's beginning on, whatever the neighbours see.
+    work.from_key = first_step(work.low, from_key, {{ "STEP" if INVARIANT else "64u" }});
     return work;
 }
 

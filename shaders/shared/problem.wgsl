@@ -126,20 +126,28 @@ fn row_number(b: u32, h: u32, i: u32) -> u32 {
 {% endif %}
 }
 
-// The first element of key `j` of batch row `kb`: `rows` names the batch row that holds each position, `pages`
-// the page that holds each PAGE of them.
-fn key_at(view: vec4<u32>, kb: u32, head: u32, j: u32) -> u32 {
+// Where key `j` of batch row `kb` lies in K and V, batch row and row: `rows` names the batch row that holds each
+// position, `pages` the page that holds each PAGE of them.
+fn place_of(kb: u32, j: u32) -> vec2<u32> {
 {% if RAGGED_K %}
-    return view.x + head * view.z + (k_start(kb) + j) * view.w;
+    return vec2<u32>(0u, k_start(kb) + j);
 {% elif PAGE %}
-    let page = min({{ table("pages", "kb * (P.k_len / " ~ PAGE ~ "u) + j / " ~ PAGE ~ "u") }}, P.pool - 1u);
-    return view.x + page * view.y + head * view.z + (j % {{ PAGE }}u) * view.w;
+    return vec2<u32>(min({{ table("pages", "kb * (P.k_len / " ~ PAGE ~ "u) + j / " ~ PAGE ~ "u") }}, P.pool - 1u), j % {{ PAGE }}u);
 {% elif HAS_ROWS %}
-    let row = min({{ table("rows", "kb * P.k_len + j") }}, P.kv_batch - 1u);
-    return view.x + row * view.y + head * view.z + j * view.w;
+    return vec2<u32>(min({{ table("rows", "kb * P.k_len + j") }}, P.kv_batch - 1u), j);
 {% else %}
-    return view.x + kb * view.y + head * view.z + j * view.w;
+    return vec2<u32>(kb, j);
 {% endif %}
+}
+{# Whether a table has to be read for that. #}
+{% set TABLED = PAGE or HAS_ROWS %}
+
+// The first element of what lies there in a view of K or V.
+fn place_at(view: vec4<u32>, place: vec2<u32>, head: u32) -> u32 {
+    return view.x + place.x * view.y + head * view.z + place.y * view.w;
+}
+fn key_at(view: vec4<u32>, kb: u32, head: u32, j: u32) -> u32 {
+    return place_at(view, place_of(kb, j), head);
 }
 
 // Block `n` of this launch, of `size` of the `per_query` rows that each query has: its batch row (past the

@@ -38,6 +38,24 @@ fn last_key(keys: Keys) -> u32 {
     return max(keys.end, keys.prefix);
 }
 
+// Of the steps of `size` keys from `j` on, the first that holds a key which rows from `low` on see: between the
+// prefix and the window of `low` they see none.
+fn first_step(low: Keys, j: u32, size: u32) -> u32 {
+{% if HAS_LEFT %}
+    return j + select(0u, (low.begin - j) / size, j >= low.prefix && j < low.begin) * size;
+{% else %}
+    return j;
+{% endif %}
+}
+// The one after the step at `j`.
+fn next_step(low: Keys, j: u32, size: u32) -> u32 {
+{% if HAS_LEFT and HAS_PREFIX %}
+    return first_step(low, j + size, size);
+{% else %}
+    return j + size;
+{% endif %}
+}
+
 fn in_range(keys: Keys, j: u32) -> bool {
 {% if HAS_PREFIX %}
     return (j >= keys.begin && j < keys.end) || j < keys.prefix;

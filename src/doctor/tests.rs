@@ -129,6 +129,85 @@ fn matrices_are_used_only_once_they_are_known_to_be_right() {
     assert_eq!(narrow.caps(), &gpu.caps().without_matrices());
 }
 
+/// Names the file of attempts to a process that is to end.
+const ATTEMPTS: &str = "QKV_TEST_ATTEMPTS";
+
+/// What a driver may do to the process that examines it.
+#[test]
+#[ignore = "ends its process, which the next test starts"]
+fn ends_its_process() {
+    if let Some(path) = std::env::var_os(ATTEMPTS) {
+        let mut attempts = Attempts::open(Some(Path::new(&path)));
+        let _ = attempts.at("subgroups", || std::process::abort());
+    }
+}
+
+#[test]
+fn a_power_that_ended_two_processes_is_taken() {
+    let gpu = gpu();
+    if gpu.caps().subgroups.is_none() {
+        return println!("this device has no such power");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = verdict::attempts_path(folder.path(), &gpu.identity());
+    let forget = || {
+        for file in std::fs::read_dir(folder.path()).unwrap() {
+            let file = file.unwrap().path();
+            if file != path {
+                std::fs::remove_file(file).unwrap();
+            }
+        }
+    };
+    let end_a_process = || {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "doctor::tests::ends_its_process", "--ignored"]);
+        let output = child.env(ATTEMPTS, &path).output().unwrap();
+        assert!(!output.status.success(), "{output:?}");
+    };
+    let left = || std::fs::read_to_string(&path).unwrap();
+
+    // Once may have been the user's doing: it is examined again.
+    end_a_process();
+    assert_eq!(left(), "subgroups\n");
+    let found = consult(&gpu, Some(folder.path()));
+    assert_eq!(found.subgroups, Finding::Right);
+    assert_eq!(left(), "");
+
+    // What is begun and still lives counts for nothing.
+    forget();
+    end_a_process();
+    let mut living = Attempts::open(Some(&path));
+    let found = living.at("subgroups", || {
+        assert_eq!(left(), "subgroups\nsubgroups\n");
+        Ok(consult(&gpu, Some(folder.path())).subgroups)
+    });
+    drop(living);
+    assert_eq!(found.unwrap(), Finding::Right);
+    assert_eq!(left(), "");
+
+    forget();
+    end_a_process();
+    end_a_process();
+    // No kernel of the power runs again: a wrong one would be seen.
+    let [kernel, from, to] = WRONG_SHUFFLE;
+    let found = consult(&gpu.planted(kernel, from, to), Some(folder.path()));
+    let said = "2 processes ended while they examined it";
+    assert_eq!(found.subgroups, Finding::Wrong(said.into()));
+    assert_eq!(left(), "");
+    // It is remembered, for all that the whole device would pass, and the other power is as it was.
+    let again = consult(&gpu, Some(folder.path()));
+    assert_eq!(again, found);
+    let narrow = again.narrow(&gpu);
+    assert_eq!(narrow.caps(), &gpu.caps().without_subgroups());
+    // What `qkv doctor` finds takes its place.
+    let right = Verdict {
+        subgroups: Finding::Right,
+        ..found
+    };
+    right.remember(folder.path(), &gpu.identity());
+    assert_eq!(consult(&gpu, Some(folder.path())), right);
+}
+
 #[test]
 fn a_damaged_verdict_and_another_devices_are_ignored() {
     let folder = tempfile::tempdir().unwrap();

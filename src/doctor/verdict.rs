@@ -129,7 +129,7 @@ impl Verdict {
                     power,
                     device = caps.name,
                     ?finding,
-                    "kernels give wrong answers and are not used; `qkv doctor` looks again"
+                    "its kernels are wrong here and are not used; `qkv doctor` looks again"
                 );
             }
         }
@@ -178,4 +178,9 @@ fn header(identity: &str) -> String {
 
 fn path(folder: &Path, header: &str) -> PathBuf {
     folder.join(format!("verdict-{:016x}", checksum(header.as_bytes())))
+}
+
+/// Where the attempts at a verdict are kept.
+pub(super) fn attempts_path(folder: &Path, identity: &str) -> PathBuf {
+    path(folder, &header(identity)).with_extension("attempts")
 }

@@ -232,28 +232,92 @@ fn every_option_equals_the_oracle_in_the_tiles_of_workgroup_memory() {
     assert_eq!(runs, 2 * OPTIONS.len());
 }
 
+/// What lies between a prefix and a window is jumped over in whole steps of 32 to 256 keys: gaps that begin and end
+/// at, before and behind their edges, shorter and longer than several.
+#[test]
+fn gaps_between_a_prefix_and_a_window_equal_the_oracle() {
+    let mut cases = Vec::new();
+    for (len, left) in [
+        (1, 63),
+        (1, 64),
+        (1, 255),
+        (5, 0),
+        (5, 60),
+        (40, 31),
+        (40, 200),
+    ] {
+        for prefix in [1, 31, 32, 33, 64, 256, 300] {
+            cases.push(Case {
+                causal: Some(Align::BottomRight),
+                window: [Some(left), None],
+                prefix: Some(vec![prefix, 0]),
+                kv_len: Some(vec![640, 577]),
+                ..plain([len, 640])
+            });
+        }
+    }
+    judge(gpu(), &cases, 5 * 49);
+    let mut runs = 0;
+    for caps in [
+        gpu().caps().clone(),
+        teams_in_subgroups(),
+        gpu().caps().without_subgroups(),
+    ] {
+        let gpu = gpu().narrowed(caps);
+        for (seed, case) in cases.iter().enumerate() {
+            let mut prepared = Prepared::new(&gpu, case, seed as u64);
+            let prefill = prepared.run(Some(Route::Prefill), None, None).unwrap();
+            assert_eq!(prefill.plan.route, Route::Prefill);
+            let split = prepared.run(Some(Route::Decode), Some(5), None).unwrap();
+            assert_eq!(split.plan.splits, 5);
+            prepared.case.batch_invariant = true;
+            let invariant = prepared.run(None, None, None).unwrap();
+            assert_eq!(invariant.plan.route, Route::Decode);
+            runs += 3;
+        }
+    }
+    assert_eq!(runs, 3 * 3 * 49);
+}
+
 /// The last query of three, and the same query alone: chunks of a prompt may be cut anywhere.
 #[test]
 fn a_batch_invariant_row_does_not_change_with_its_chunk() {
+    for caps in [
+        gpu().caps().clone(),
+        teams_in_subgroups(),
+        gpu().caps().without_subgroups(),
+    ] {
+        for prefix in [None, Some(1), Some(300)] {
+            let [chunk, alone] = chunk_and_alone(&gpu().narrowed(caps.clone()), prefix);
+            assert_eq!(chunk, alone, "prefix {prefix:?}");
+        }
+    }
+}
+
+/// The bits of the last query's row after three queries, and after itself alone.
+fn chunk_and_alone(gpu: &Gpu, prefix: Option<u32>) -> [Vec<u32>; 2] {
     let (d, k_len) = (16, 1100);
     let mut random = grid::Random::new(9);
     let mut noise = |n: u32| -> Vec<f32> { (0..n).map(|_| random.float() as f32).collect() };
     let queries = noise(3 * d);
     let kv = [noise(k_len * d), noise(k_len * d)].map(|values| {
-        gpu()
-            .upload_floats("kv", F32, &[1, 1, k_len, d], &values)
+        gpu.upload_floats("kv", F32, &[1, 1, k_len, d], &values)
             .unwrap()
     });
+    let prefix = prefix.map(|n| gpu.upload_u32("prefix", &[1], &[n]).unwrap());
     let run = |queries: &[f32]| -> Vec<u32> {
         let shape = [1, 1, queries.len() as u32 / d, d];
-        let q = gpu().upload_floats("q", F32, &shape, queries).unwrap();
-        let out = gpu().empty("out", F32, &shape).unwrap();
-        let tensors = Tensors::new(
-            View::bhld(&q).unwrap(),
-            View::bhld(&kv[0]).unwrap(),
-            View::bhld(&kv[1]).unwrap(),
-            View::bhld(&out).unwrap(),
-        );
+        let q = gpu.upload_floats("q", F32, &shape, queries).unwrap();
+        let out = gpu.empty("out", F32, &shape).unwrap();
+        let tensors = Tensors {
+            prefix_len: prefix.as_ref(),
+            ..Tensors::new(
+                View::bhld(&q).unwrap(),
+                View::bhld(&kv[0]).unwrap(),
+                View::bhld(&kv[1]).unwrap(),
+                View::bhld(&out).unwrap(),
+            )
+        };
         let options = Options {
             causal: true,
             // The window of the first query begins in another step of the loop than the last one's.
@@ -261,16 +325,16 @@ fn a_batch_invariant_row_does_not_change_with_its_chunk() {
             batch_invariant: true,
             ..Options::default()
         };
-        let mut recorder = Recorder::new(gpu());
+        let mut recorder = Recorder::new(gpu);
         record(&mut recorder, &tensors, &options).unwrap();
-        gpu().run(&recorder.finish().unwrap()).unwrap();
-        let all = gpu().read_floats(&out).unwrap();
+        gpu.run(&recorder.finish().unwrap()).unwrap();
+        let all = gpu.read_floats(&out).unwrap();
         all[all.len() - d as usize..]
             .iter()
             .map(|x| x.to_bits())
             .collect()
     };
-    assert_eq!(run(&queries), run(&queries[2 * d as usize..]));
+    [run(&queries), run(&queries[2 * d as usize..])]
 }
 
 /// The same row with other neighbours: queries and keys of one sequence, bit for bit, in ragged batches.

@@ -3,9 +3,10 @@
 use minijinja::{AutoEscape, Environment, context};
 use qkv::{Error, Result};
 
-use super::plots::{self, COLOURS, Plot};
+use super::plots::{self, COLOURS, PEERS, Plot};
 use super::report::{Entry, NOISY, Report};
-use super::{flops, line_rate};
+use super::shape::Shape;
+use super::{error, flops, line_rate, off, percent};
 
 /// The page of a run.
 pub fn page(report: &Report) -> Result<String> {
@@ -77,6 +78,10 @@ pub fn page(report: &Report) -> Result<String> {
         .map(|(name, value)| context! { name, value })
         .collect();
     let entries: Vec<_> = report.entries.iter().map(row).collect();
+    let peers: Vec<_> = PEERS
+        .into_iter()
+        .filter(|name| report.entries.iter().any(|entry| entry.route == *name))
+        .collect();
     let refused: Vec<_> = report
         .refused
         .iter()
@@ -94,11 +99,60 @@ pub fn page(report: &Report) -> Result<String> {
                 lengths,
                 errors => plot(plots::errors(report)?),
                 entries,
+                peers,
+                beside => beside(report),
                 refused,
                 noisy => NOISY * 100.0,
             },
         )
         .map_err(|e| Error::refused("the page", format_args!("{e:#}"), "a template that renders"))
+}
+
+/// Ours and the peers of every shape that peers were asked for, bars as parts of the longest of them.
+fn beside(report: &Report) -> Vec<minijinja::Value> {
+    let mut shapes: Vec<_> = Vec::new();
+    let entries = report.entries.iter().filter(|entry| entry.peer.is_some());
+    let failed = || {
+        let all = report.refused.iter();
+        all.filter(|one| PEERS.contains(&one.route.as_str()))
+    };
+    for shape in entries
+        .map(|entry| entry.shape)
+        .chain(failed().map(|one| one.shape))
+    {
+        if !shapes.contains(&shape) {
+            shapes.push(shape);
+        }
+    }
+    let shape = |shape: Shape| {
+        let own = report.entries.iter().filter(|entry| entry.shape == shape);
+        let own: Vec<_> = own
+            .filter(|entry| entry.chosen || entry.peer.is_some())
+            .collect();
+        let longest = own.iter().map(|entry| entry.ms.median).fold(0.0, f64::max);
+        let mut bars: Vec<_> = own
+            .iter()
+            .map(|entry| {
+                let wrong = entry.peer.as_ref().filter(|peer| !peer.right).map(off);
+                context! {
+                    name => if entry.chosen { "qkv" } else { entry.route.as_str() },
+                    route => entry.route.as_str(),
+                    ms => format!("{:.3}", entry.ms.median),
+                    bar => format!("{:.2}", entry.ms.median / longest * 100.0),
+                    ratio => entry.ratio.filter(|_| !entry.chosen).map(|n| format!("{n:.2}")),
+                    noise => entry.ms.is_noisy().then(|| format!("{:.0}", entry.ms.noise() * 100.0)),
+                    wrong,
+                }
+            })
+            .collect();
+        let failed = failed().filter(|one| one.shape == shape);
+        bars.extend(failed.map(|one| {
+            let route = one.route.as_str();
+            context! { name => route, route, why => one.why.as_str() }
+        }));
+        context! { shape => shape.to_string(), bars }
+    };
+    shapes.into_iter().map(shape).collect()
 }
 
 fn row(entry: &Entry) -> minijinja::Value {
@@ -111,13 +165,14 @@ fn row(entry: &Entry) -> minijinja::Value {
         median => format!("{:.4}", entry.ms.median),
         noise => format!("{:.1}", entry.ms.noise() * 100.0),
         noisy,
+        wrong => entry.peer.as_ref().filter(|peer| !peer.right).map(off),
         rate => line_rate(entry),
-        share => format!("{:.0}", entry.share * 100.0),
-        bar => format!("{:.1}", (entry.share * 100.0).clamp(0.0, 100.0)),
+        share => entry.share.map(percent),
+        bar => entry.share.map(|share| format!("{:.1}", (share * 100.0).clamp(0.0, 100.0))),
         ratio => entry.ratio.map(|n| format!("{n:.2}")),
-        host => format!("{:.3}", entry.host_ms),
+        host => entry.host_ms.map(|ms| format!("{ms:.3}")),
         first => format!("{:.0}", entry.first_ms),
-        error => format!("{:.3}", entry.error),
+        error => error(entry.error),
         rows => entry.rows,
     }
 }

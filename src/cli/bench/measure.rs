@@ -1,5 +1,6 @@
-//! One shape on the device: verified against the oracle, then timed, its routes in turn.
+//! One shape on the device: verified against the oracle, then timed, its routes and its peers in turn.
 
+use std::cell::OnceCell;
 use std::time::{Duration, Instant};
 
 use qkv::Result;
@@ -8,21 +9,50 @@ use qkv::doctor::Tolerance;
 use qkv::gpu::{DType, Gpu, Limits, Recorder, Recording, Tensor};
 use qkv::reference::{self, Attention, Offset};
 
+use super::super::Floats;
 use super::super::attend::route_name;
-use super::report::{Entry, Spread};
+use super::peers::Peer;
+use super::report::{self, Entry, Refused, Spread, ratio};
 use super::shape::Shape;
 
 /// Multiply-adds that the oracle may take for a shape: a second or so.
 const ORACLE: u64 = 1 << 29;
 /// Rounds at the least and at the most.
 const ROUNDS: [usize; 2] = [5, 200];
+/// What a peer's largest error may be, in f32 and in f16, as a part of the answer's root mean square. Some add
+/// up in f16.
+const RIGHT: [f64; 2] = [1e-3, 5e-2];
+/// Longer than threads of a peer spin after a call, waiting for another.
+const SETTLE: Duration = Duration::from_millis(250);
 
 /// The tensors of a shape, as the device has them.
 pub struct Inputs<'g> {
     gpu: &'g Gpu,
     shape: Shape,
     tensors: [Tensor; 4],
+    extents: [[u32; 4]; 3],
     values: [Vec<f32>; 3],
+    truth: OnceCell<Vec<Row>>,
+}
+
+/// A row of the exact answer.
+struct Row {
+    head: usize,
+    query: usize,
+    values: Vec<f64>,
+}
+
+/// An answer beside the oracle's.
+struct Judged {
+    /// The worst row in units of the tolerance, and where it is.
+    worst: f64,
+    head: usize,
+    query: usize,
+    /// How many were compared.
+    rows: usize,
+    /// The largest error and the root mean square of all, as parts of the oracle's root mean square.
+    max_of_rms: f64,
+    rms_of_rms: f64,
 }
 
 /// A way to compute a shape.
@@ -74,8 +104,24 @@ impl<'g> Inputs<'g> {
                 upload(2, "v")?,
                 gpu.empty("out", dtype, &queries)?,
             ],
+            extents,
             values,
+            truth: OnceCell::new(),
         })
+    }
+
+    /// q, k and v, for a file.
+    pub fn floats(&self) -> Vec<Floats> {
+        let all = ["q", "k", "v"]
+            .into_iter()
+            .zip(&self.extents)
+            .zip(&self.values);
+        let floats = all.map(|((name, extents), values)| Floats {
+            name: name.to_string(),
+            shape: extents.to_vec(),
+            values: values.clone(),
+        });
+        floats.collect()
     }
 
     fn views(&self) -> Result<Tensors<'_>> {
@@ -126,10 +172,22 @@ impl<'g> Inputs<'g> {
         recorder.finish()
     }
 
-    /// The worst error in units of the tolerance and the number of rows compared: all of them, or where that
-    /// would take long some of every head, the first and the last among them.
+    /// The worst error in units of the tolerance and the number of rows compared.
     fn verify(&self) -> Result<std::result::Result<(f64, usize), String>> {
         let got = self.gpu.read_floats(&self.tensors[3])?;
+        let judged = self.judge(&got);
+        let (worst, head, query) = (judged.worst, judged.head, judged.query);
+        Ok(match worst > 1.0 {
+            true => Err(format!(
+                "head {head}, query {query} is off by {worst:.1} times what is allowed"
+            )),
+            false => Ok((worst, judged.rows)),
+        })
+    }
+
+    /// The rows that answers are held against: all of them, or where that would take long some of every head,
+    /// the first and the last among them.
+    fn oracle(&self) -> Vec<Row> {
         let Shape {
             batch,
             heads,
@@ -142,48 +200,78 @@ impl<'g> Inputs<'g> {
         let all_heads = (batch * heads) as usize;
         let a_row = 2 * k_len as u64 * d as u64 * all_heads as u64;
         let n = ((ORACLE / a_row) as usize).clamp(3, q_len.max(3));
-        let mut rows: Vec<usize> = (0..n).map(|ix| ix * (q_len - 1) / (n - 1)).collect();
-        rows.dedup();
-        let tolerance = Tolerance::new(self.shape.dtype(), self.shape.k_len);
+        let mut queries: Vec<usize> = (0..n).map(|ix| ix * (q_len - 1) / (n - 1)).collect();
+        queries.dedup();
         let [q, k, v] = &self.values;
         let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
         let group = (heads / kv_heads) as usize;
-        let mut worst = 0f64;
+        let mut rows = Vec::new();
         for head in 0..all_heads {
             let kv = head / group * k_len * d;
             let (k, v) = (wide(&k[kv..][..k_len * d]), wide(&v[kv..][..k_len * d]));
-            for &i in &rows {
-                let at = (head * q_len + i) * d;
-                let row = wide(&q[at..][..d]);
-                let offset = [k_len as i64 - q_len as i64 + i as i64];
-                let want = reference::attention(&Attention {
+            for &query in &queries {
+                let row = wide(&q[(head * q_len + query) * d..][..d]);
+                let offset = [k_len as i64 - q_len as i64 + query as i64];
+                let answer = reference::attention(&Attention {
                     causal,
                     offset: Offset::PerRow(&offset),
                     ..Attention::new([1, 1, 1, d], [1, 1, k_len, d], &row, &k, &v)
                 });
-                let error = tolerance.worst(&got[at..][..d], &want.out);
-                if error > 1.0 {
-                    return Ok(Err(format!(
-                        "head {head}, query {i} is off by {error:.1} times what is allowed"
-                    )));
-                }
-                worst = worst.max(error);
+                rows.push(Row {
+                    head,
+                    query,
+                    values: answer.out,
+                });
             }
         }
-        Ok(Ok((worst, rows.len() * all_heads)))
+        rows
     }
 
-    /// Times all ways in turn, `flush` before each run, for about so many seconds a way.
+    fn judge(&self, got: &[f32]) -> Judged {
+        let rows = self.truth.get_or_init(|| self.oracle());
+        let [q_len, d] = [self.shape.q_len, self.shape.dim].map(|n| n as usize);
+        let tolerance = Tolerance::new(self.shape.dtype(), self.shape.k_len);
+        let mut judged = Judged {
+            worst: 0.0,
+            head: 0,
+            query: 0,
+            rows: rows.len(),
+            max_of_rms: 0.0,
+            rms_of_rms: 0.0,
+        };
+        let (mut largest, mut wrong, mut exact) = (0f64, 0.0, 0.0);
+        for row in rows {
+            let got = &got[(row.head * q_len + row.query) * d..][..d];
+            let error = tolerance.worst(got, &row.values);
+            if error > judged.worst {
+                (judged.worst, judged.head, judged.query) = (error, row.head, row.query);
+            }
+            for (&got, want) in got.iter().zip(&row.values) {
+                let error = f64::from(got) - want;
+                largest = largest.max(error.abs());
+                wrong += error * error;
+                exact += want * want;
+            }
+        }
+        let rms = (exact / (rows.len() * d) as f64).sqrt();
+        judged.max_of_rms = largest / rms;
+        judged.rms_of_rms = (wrong / exact).sqrt();
+        judged
+    }
+
+    /// Times all ways and peers in turn, `flush` before each run, for about so many seconds each. A peer that
+    /// fails is among what was not measured.
     pub fn time(
         &self,
         ways: &[Way],
+        peers: &mut [Peer],
         flush: &Recording,
         limits: &Limits,
         seconds: f64,
-    ) -> Result<Vec<Entry>> {
+    ) -> Result<(Vec<Entry>, Vec<Refused>)> {
         let mut times = vec![Vec::new(); ways.len()];
         let started = Instant::now();
-        let enough = seconds * ways.len() as f64;
+        let enough = seconds * (ways.len() + peers.len()) as f64;
         for round in 0..ROUNDS[1] {
             if round >= ROUNDS[0] && started.elapsed().as_secs_f64() > enough {
                 break;
@@ -192,22 +280,68 @@ impl<'g> Inputs<'g> {
                 self.gpu.run(flush)?;
                 times.push(self.gpu.time(&way.recording)?.as_secs_f64() * 1e3);
             }
+            for peer in peers.iter_mut() {
+                self.gpu.run(flush)?;
+                peer.call();
+            }
+            if !peers.is_empty() {
+                std::thread::sleep(SETTLE);
+            }
         }
-        // Ratios are of runs that followed each other, so that what slows both down is in neither.
         let base = ways.iter().position(|way| way.chosen).unwrap_or(0);
+        let base = times.get(base).map_or(&[][..], Vec::as_slice);
         let mut entries = Vec::new();
         for (way, own) in ways.iter().zip(&times) {
-            let ratios: Vec<f64> = own.iter().zip(&times[base]).map(|(a, b)| a / b).collect();
-            let ratio = Spread::of(&ratios);
-            let host = self.host(way)?;
-            let entry = self.entry(way, own, &host, limits);
-            let compared = ways.len() > 1 && !ratio.is_noisy() && !entry.ms.is_noisy();
+            let alone = ways.len() + peers.len() == 1;
             entries.push(Entry {
-                ratio: compared.then_some(ratio.median),
-                ..entry
+                ratio: ratio(own, base).filter(|_| !alone),
+                ..self.entry(way, own, &self.host(way)?, limits)
             });
         }
-        Ok(entries)
+        let mut refused = Vec::new();
+        for peer in peers {
+            match self.peer_entry(peer, limits) {
+                Ok(entry) => entries.push(Entry {
+                    ratio: ratio(&entry.times_ms, base).filter(|_| entry.is_right()),
+                    ..entry
+                }),
+                Err(why) => refused.push(Refused {
+                    shape: self.shape,
+                    route: peer.name.word().into(),
+                    why,
+                }),
+            }
+        }
+        Ok((entries, refused))
+    }
+
+    /// What a peer measured, and what its answer is worth.
+    fn peer_entry(&self, peer: &mut Peer, limits: &Limits) -> std::result::Result<Entry, String> {
+        let timed = peer.end(&self.shape)?;
+        let judged = self.judge(&timed.out);
+        let about = report::Peer {
+            about: peer.about.clone(),
+            timestamps: timed.timestamps,
+            max_error: judged.max_of_rms,
+            rms_error: judged.rms_of_rms,
+            right: judged.max_of_rms <= RIGHT[usize::from(self.shape.f16)],
+        };
+        let entry = Entry {
+            plan: about.to_string(),
+            peer: Some(about),
+            route: peer.name.word().into(),
+            first_ms: peer.first_ms,
+            error: judged.worst,
+            rows: judged.rows,
+            ..self.figures(&timed.times_ms, limits)
+        };
+        Ok(match peer.name.is_on_device() {
+            true => entry,
+            false => Entry {
+                share: None,
+                ..entry
+            },
+        })
     }
 
     /// The host's milliseconds to record, encode and submit one.
@@ -228,14 +362,6 @@ impl<'g> Inputs<'g> {
     }
 
     fn entry(&self, way: &Way, times: &[f64], host: &[f64], limits: &Limits) -> Entry {
-        let shape = self.shape;
-        let spread = Spread::of(times);
-        // What is stored in f16 may be multiplied in f32: the better of both is its limit.
-        let f16 = limits.f16.filter(|_| shape.f16).unwrap_or(limits.f32);
-        let most = limits.f32.flops.max(f16.flops);
-        let most_read = limits.f32.read.max(f16.read);
-        let seconds = spread.median / 1e3;
-        let (flops, read) = (shape.flop() / seconds, shape.kv_bytes() / seconds);
         let (error, rows) = way.verdict.clone().unwrap_or((f64::INFINITY, 0));
         let plan = &way.plan;
         let mut kernels: Vec<&str> = plan.launches.iter().map(|one| one.shader.kernel).collect();
@@ -245,23 +371,48 @@ impl<'g> Inputs<'g> {
             n => format!(", {n} parts of {} keys", plan.split_len),
         };
         Entry {
-            shape,
             route: route_name(plan.route).into(),
             plan: format!("{}{splits}", kernels.join(" + ")),
             chosen: way.chosen,
-            ratio: None,
             first_ms: way.first.as_secs_f64() * 1e3,
-            ms: spread,
-            host_ms: Spread::of(host).median,
-            gflops: flops / 1e9,
-            gb_s: read / 1e9,
-            share: match shape.is_decode() {
-                true => read / most_read,
-                false => flops / most,
-            },
+            host_ms: Some(Spread::of(host).median),
             error,
             rows,
-            times_ms: times.to_vec(),
+            ..self.figures(times, limits)
+        }
+    }
+
+    /// What follows from the times alone.
+    fn figures(&self, times: &[f64], limits: &Limits) -> Entry {
+        let shape = self.shape;
+        // Clocks tell no more than nanoseconds.
+        let times_ms: Vec<f64> = times.iter().map(|ms| (ms * 1e6).round() / 1e6).collect();
+        let spread = Spread::of(&times_ms);
+        // What is stored in f16 may be multiplied in f32: the better of both is its limit.
+        let f16 = limits.f16.filter(|_| shape.f16).unwrap_or(limits.f32);
+        let most = limits.f32.flops.max(f16.flops);
+        let most_read = limits.f32.read.max(f16.read);
+        let seconds = spread.median / 1e3;
+        let (flops, read) = (shape.flop() / seconds, shape.kv_bytes() / seconds);
+        Entry {
+            shape,
+            route: String::new(),
+            plan: String::new(),
+            chosen: false,
+            ratio: None,
+            first_ms: 0.0,
+            ms: spread,
+            host_ms: None,
+            gflops: flops / 1e9,
+            gb_s: read / 1e9,
+            share: Some(match shape.is_decode() {
+                true => read / most_read,
+                false => flops / most,
+            }),
+            error: 0.0,
+            rows: 0,
+            times_ms,
+            peer: None,
         }
     }
 }

@@ -2,12 +2,14 @@
 
 mod html;
 mod measure;
+mod peers;
 mod plots;
 mod report;
 mod shape;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use qkv::attention::Route;
@@ -17,6 +19,7 @@ use qkv::{Error, Result};
 use super::attend::route_name;
 use super::{Device, progress, say, write_whole};
 use measure::Inputs;
+use peers::Peers;
 pub use report::{Entry, Facts, Report};
 use report::{Limits, Rates, Refused};
 use shape::{Shape, Suite};
@@ -32,7 +35,30 @@ pub struct Options {
     /// The ways to compute them; the plan's own choice if not given, for the suite `lengths` all
     #[arg(long, value_enum, value_delimiter = ',')]
     routes: Vec<RouteName>,
-    /// About how long each route is timed on each shape
+    /// Other programs in turn with ours; if none is named, ort and torch
+    #[arg(long, value_enum, value_name = "PEER", value_delimiter = ',')]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "ort,torch")]
+    peers: Vec<peers::Name>,
+    /// The Python that has the packages of ort, ggml and torch
+    #[arg(
+        long,
+        value_name = "PROGRAM",
+        default_value = "python3",
+        requires = "peers"
+    )]
+    python: PathBuf,
+    /// burn's program: `cargo install --path benches/peers/burn`
+    #[arg(
+        long,
+        value_name = "PROGRAM",
+        default_value = "burn-attend",
+        requires = "peers"
+    )]
+    burn: PathBuf,
+    /// How long a peer may take for an answer; some compile for minutes before their first
+    #[arg(long, value_name = "SECONDS", default_value_t = 300.0, value_parser = seconds, requires = "peers")]
+    peer_timeout: f64,
+    /// About how long each route and peer is timed on each shape
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = seconds)]
     seconds: f64,
     /// Everything measured, for `qkv compare`
@@ -107,8 +133,13 @@ impl Options {
     }
 }
 
-/// Exit code 1 where an answer is wrong.
+/// Exit code 1 where an answer of ours is wrong.
 pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
+    let timeout = Duration::from_secs_f64(options.peer_timeout);
+    let peers = match options.peers.as_slice() {
+        [] => None,
+        names => Some(Peers::new(names, &options.python, &options.burn, timeout)?),
+    };
     let gpu = device.open()?;
     let work = options.work(gpu.caps().f16);
     if let Some((shape, _)) = work.iter().find(|(shape, _)| shape.f16 && !gpu.caps().f16) {
@@ -133,28 +164,27 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
         bar.set_message(shape.to_string());
         let inputs = Inputs::new(&gpu, shape)?;
         let mut ways = Vec::new();
+        let mut refused = Vec::new();
+        let not_measured = |route: &str, why: String| Refused {
+            shape,
+            route: route.into(),
+            why,
+        };
         for route in routes {
             let name = route.map_or("planned", route_name);
-            let why = match inputs.way(route) {
+            match inputs.way(route) {
                 Ok(way) => match &way.verdict {
-                    Ok(_) => {
-                        ways.push(way);
-                        continue;
-                    }
+                    Ok(_) => ways.push(way),
                     Err(said) => {
                         is_wrong = true;
-                        format!("WRONG: {said}")
+                        refused.push(not_measured(name, format!("WRONG: {said}")));
                     }
                 },
-                Err(error @ (Error::Refused { .. } | Error::OutOfMemory(_))) => error.to_string(),
+                Err(error @ (Error::Refused { .. } | Error::OutOfMemory(_))) => {
+                    refused.push(not_measured(name, error.to_string()));
+                }
                 Err(error) => return Err(error),
-            };
-            bar.suspend(|| say(format_args!("{:30}{name:11}{why}\n", shape.to_string())))?;
-            report.refused.push(Refused {
-                shape,
-                route: name.into(),
-                why,
-            });
+            }
         }
         // The plan's choice may be one of the routes that were asked for.
         let mut seen = Vec::new();
@@ -163,23 +193,37 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
             seen.push(way.plan.launches.clone());
             new
         });
-        let entries = match ways.is_empty() {
-            true => Vec::new(),
-            false => inputs.time(&ways, &flush, &measured, options.seconds)?,
-        };
+        let mut ready = Vec::new();
+        if let Some(peers) = &peers {
+            for (name, peer) in peers.start(&shape, inputs.floats())? {
+                match peer {
+                    Ok(peer) => ready.push(peer),
+                    Err(why) => refused.push(not_measured(name.word(), why)),
+                }
+            }
+        }
+        let (entries, failed) =
+            inputs.time(&ways, &mut ready, &flush, &measured, options.seconds)?;
+        refused.extend(failed);
         for entry in &entries {
             bar.suspend(|| say(format_args!("{}\n", line(entry))))?;
         }
+        for one in &refused {
+            let (shape, route, why) = (one.shape.to_string(), &one.route, &one.why);
+            bar.suspend(|| say(format_args!("{shape:33}{route:12}{why}\n")))?;
+        }
         report.entries.extend(entries);
+        report.refused.extend(refused);
+        // A run that is stopped keeps what it has.
+        if let Some(path) = &options.json {
+            let json = serde_json::to_string_pretty(&report).map_err(|e| Error::file(path, e))?;
+            write(path, format!("{json}\n"))?;
+        }
         bar.inc(1);
     }
     bar.finish_and_clear();
     gpu.save_pipelines();
 
-    if let Some(path) = &options.json {
-        let json = serde_json::to_string_pretty(&report).map_err(|e| Error::file(path, e))?;
-        write(path, format!("{json}\n"))?;
-    }
     if let Some(path) = &options.csv {
         write(path, report.csv())?;
     }
@@ -252,7 +296,7 @@ fn heading(report: &Report) -> String {
         text += "times are by the host's clock: the device has none\n";
     }
     text + &format!(
-        "\n{:30}{:12}{:>11}{:>7}{:>16}{:>8}{:>7}{:>10}{:>10}{:>7}\n",
+        "\n{:33}{:12}{:>11}{:>7}{:>16}{:>8}{:>7}{:>10}{:>10}{:>7}  {}\n",
         "B,H,Hk,Q,K,D",
         "route",
         "median ms",
@@ -262,7 +306,8 @@ fn heading(report: &Report) -> String {
         "ratio",
         "host ms",
         "first ms",
-        "error"
+        "error",
+        "plan"
     )
 }
 
@@ -278,18 +323,46 @@ fn line_rate(entry: &Entry) -> String {
 fn line(entry: &Entry) -> String {
     let noise = entry.ms.noise() * 100.0;
     let (rate, share) = match entry.ms.is_noisy() {
-        true => ("too noisy".into(), String::new()),
-        false => (line_rate(entry), format!("{:.0} %", entry.share * 100.0)),
+        true => ("too noisy".into(), None),
+        false => (line_rate(entry), entry.share),
     };
     let star = if entry.chosen { " *" } else { "" };
-    let ratio = entry.ratio.map_or(String::new(), |n| format!("{n:.2}"));
+    let maybe = |x: Option<f64>, show: &dyn Fn(f64) -> String| x.map_or(String::new(), show);
+    let plan = match &entry.peer {
+        Some(peer) if !peer.right => format!("WRONG, {}; {}", off(peer), entry.plan),
+        _ => entry.plan.clone(),
+    };
     format!(
-        "{:30}{:12}{:11.4}{noise:5.0} %{rate:>16}{share:>8}{ratio:>7}{:10.3}{:10.0}{:7.3}",
+        "{:33}{:12}{:11.4}{noise:5.0} %{rate:>16}{:>8}{:>7}{:>10}{:10.0}{:>7}  {plan}",
         entry.shape.to_string(),
         format!("{}{star}", entry.route),
         entry.ms.median,
-        entry.host_ms,
+        maybe(share, &percent),
+        maybe(entry.ratio, &|n| format!("{n:.2}")),
+        maybe(entry.host_ms, &|ms| format!("{ms:.3}")),
         entry.first_ms,
-        entry.error,
+        error(entry.error),
     )
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+/// How wrong a peer is, in parts of the exact answer's root mean square.
+fn off(peer: &report::Peer) -> String {
+    let percent = |x: f64| match x {
+        x if x < 0.1 => format!("{:.1} %", x * 100.0),
+        x => percent(x),
+    };
+    let (rms, max) = (percent(peer.rms_error), percent(peer.max_error));
+    format!("off by {rms} in the mean square and {max} at worst")
+}
+
+/// An error in units of what is allowed; those of peers may be of any size.
+fn error(error: f64) -> String {
+    match error < 100.0 {
+        true => format!("{error:.3}"),
+        false => format!("{error:.0e}"),
+    }
 }

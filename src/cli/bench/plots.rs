@@ -12,14 +12,20 @@ use super::report::{Entry, Report};
 use super::shape::Shape;
 
 /// What stands for a colour, and the style sheet's variable for it.
-pub const COLOURS: [(RGBColor, &str); 6] = [
+pub const COLOURS: [(RGBColor, &str); 10] = [
     (INK, "ink"),
     (FAINT, "faint"),
     (GROUND, "ground"),
     (RGBColor(1, 0, 1), "three-pass"),
     (RGBColor(1, 0, 2), "prefill"),
     (RGBColor(1, 0, 3), "decode"),
+    (RGBColor(1, 0, 4), "ort"),
+    (RGBColor(1, 0, 5), "burn"),
+    (RGBColor(1, 0, 6), "ggml"),
+    (RGBColor(1, 0, 7), "torch"),
 ];
+/// The last of them.
+pub const PEERS: [&str; 4] = ["ort", "burn", "ggml", "torch"];
 const INK: RGBColor = RGBColor(1, 1, 1);
 const FAINT: RGBColor = RGBColor(1, 1, 2);
 const GROUND: RGBColor = RGBColor(1, 1, 3);
@@ -95,6 +101,8 @@ fn draw(
             .axis_desc_style(text)
             .x_desc(axes[0])
             .y_desc(axes[1])
+            .x_labels(7)
+            .y_labels(7)
             .x_label_formatter(&figure)
             .y_label_formatter(&figure)
             .draw()?;
@@ -126,7 +134,11 @@ fn point(
 
 /// Rates against work for each byte, under the device's measured limits.
 pub fn roofline(report: &Report) -> Result<Plot> {
-    let entries = || report.entries.iter().filter(|entry| !entry.ms.is_noisy());
+    // What does not run on the device is not under its roof.
+    let entries = || {
+        let all = report.entries.iter();
+        all.filter(|entry| entry.counts() && entry.share.is_some())
+    };
     let place = |entry: &Entry| (entry.shape.flop() / entry.shape.bytes(), entry.gflops);
     let mut roofs = vec![("f32", report.limits.f32)];
     roofs.extend(report.limits.f16.map(|rates| ("f16", rates)));
@@ -206,6 +218,7 @@ pub fn lengths(report: &Report) -> Result<Vec<Plot>> {
         let svg = draw((520, 360), ["keys", "ms"], [x, y], |chart| {
             for (route, f16) in ["three-pass", "prefill", "decode"]
                 .into_iter()
+                .chain(PEERS)
                 .flat_map(|route| [(route, false), (route, true)])
             {
                 let mut line: Vec<&&Entry> = own
@@ -214,7 +227,7 @@ pub fn lengths(report: &Report) -> Result<Vec<Plot>> {
                     .collect();
                 line.sort_by_key(|entry| entry.shape.k_len);
                 let at = |entry: &Entry, ms| (f64::from(entry.shape.k_len), ms);
-                let clear = || line.iter().filter(|entry| !entry.ms.is_noisy());
+                let clear = || line.iter().filter(|entry| entry.counts());
                 let points: Vec<(f64, f64)> = clear().map(|e| at(e, e.ms.median)).collect();
                 let style = colour(route).stroke_width(2);
                 match f16 {

@@ -1,5 +1,7 @@
 //! What was measured, as it is kept in files.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 
 use qkv::{Error, Result};
@@ -51,37 +53,80 @@ pub struct Rates {
     pub copy_gb_s: f64,
 }
 
-/// One shape on one route.
+/// One shape on one route, or by a peer.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Entry {
     pub shape: Shape,
+    /// Or the peer.
     pub route: String,
-    /// The kernels, and the parts of the key axis.
+    /// The kernels, and the parts of the key axis; of a peer, what it says of itself.
     pub plan: String,
     /// Whether the plan takes this route of its own accord.
     pub chosen: bool,
-    /// Its time over the chosen route's, by runs that followed each other; none where that is noisy.
+    /// Its time over the chosen route's, by runs that followed each other; none where that is noisy, or the
+    /// answer wrong.
     pub ratio: Option<f64>,
     /// The first run: planned, compiled, run.
     pub first_ms: f64,
     pub ms: Spread,
-    /// The host's time to record, encode and submit one.
-    pub host_ms: f64,
+    /// The host's time to record, encode and submit one; of routes.
+    pub host_ms: Option<f64>,
     pub gflops: f64,
     /// K and V read once.
     pub gb_s: f64,
     /// Of the measured limit: reads where there is one query, else multiply-adds; the better of both types
-    /// where f16 is stored, as it may be multiplied in f32.
-    pub share: f64,
+    /// where f16 is stored, as it may be multiplied in f32. None for what does not run on the device.
+    pub share: Option<f64>,
     /// The worst error beside the oracle, 1 is allowed; and how many rows were compared.
     pub error: f64,
     pub rows: usize,
     pub times_ms: Vec<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<Peer>,
+}
+
+/// What is known of a figure that is not ours.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Peer {
+    /// `version`, `device` and what else it says.
+    pub about: BTreeMap<String, String>,
+    /// Whether its times are by the device's own clock; else by the host's, waiting included.
+    pub timestamps: bool,
+    /// Its largest error and the root mean square of all, as parts of the exact answer's root mean square.
+    pub max_error: f64,
+    pub rms_error: f64,
+    /// Whether the largest error is one that arithmetic in its type explains.
+    pub right: bool,
+}
+
+impl fmt::Display for Peer {
+    /// What it says of itself, and whose clock it goes by.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let rest = self.about.iter().filter(|(name, _)| *name != "version");
+        for (_, text) in self.about.get_key_value("version").into_iter().chain(rest) {
+            write!(f, "{text}, ")?;
+        }
+        let clock = if self.timestamps { "device" } else { "host" };
+        write!(f, "by the {clock}'s clock")
+    }
+}
+
+impl Entry {
+    /// Whether its time is that of a right answer. A wrong one of ours is never timed.
+    pub fn is_right(&self) -> bool {
+        self.peer.as_ref().is_none_or(|peer| peer.right)
+    }
+
+    /// Whether its figures mean anything.
+    pub fn counts(&self) -> bool {
+        self.is_right() && !self.ms.is_noisy()
+    }
 }
 
 #[derive(Serialize, Deserialize)]
 pub struct Refused {
     pub shape: Shape,
+    /// Or the peer.
     pub route: String,
     pub why: String,
 }
@@ -124,6 +169,15 @@ impl Spread {
     }
 }
 
+/// What takes `own` beside what took `base` ms, by runs that followed each other, so that what slows both down
+/// is not in it; none where that is noisy, or the times are.
+pub fn ratio(own: &[f64], base: &[f64]) -> Option<f64> {
+    let ratios: Vec<f64> = own.iter().zip(base).map(|(a, b)| a / b).collect();
+    let ratio = Spread::of(&ratios);
+    let is_clear = !ratio.is_noisy() && !Spread::of(own).is_noisy();
+    is_clear.then_some(ratio.median)
+}
+
 impl Report {
     pub fn load(path: &Path) -> Result<Report> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
@@ -131,13 +185,13 @@ impl Report {
             .map_err(|e| Error::file(path, format_args!("no report of `qkv bench --json`: {e}")))
     }
 
-    /// A line an entry, for spreadsheets.
+    /// A line an entry, for spreadsheets; one of what was not measured says why, and has no figures.
     pub fn csv(&self) -> String {
         let mut text = String::from(
             "batch,heads,kv_heads,q_len,k_len,dim,causal,type,route,chosen,plan,median_ms,low_ms,high_ms,\
-             noisy,gflops,gb_s,share,host_ms,first_ms,error\n",
+             noisy,gflops,gb_s,share,ratio,host_ms,first_ms,error,right,why\n",
         );
-        for entry in &self.entries {
+        let begin = |shape: &Shape, route: &str| {
             let Shape {
                 batch,
                 heads,
@@ -147,23 +201,33 @@ impl Report {
                 dim,
                 causal,
                 ..
-            } = entry.shape;
+            } = shape;
+            let dtype = shape.dtype().name();
+            format!("{batch},{heads},{kv_heads},{q_len},{k_len},{dim},{causal},{dtype},{route}")
+        };
+        let maybe = |x: Option<f64>| x.map_or(String::new(), |x| x.to_string());
+        let quoted = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
+        for entry in &self.entries {
             let Spread { median, low, high } = entry.ms;
             text += &format!(
-                "{batch},{heads},{kv_heads},{q_len},{k_len},{dim},{causal},{},{},{},\"{}\",{median},{low},{high},\
-                 {},{},{},{},{},{},{}\n",
-                entry.shape.dtype().name(),
-                entry.route,
+                "{},{},{},{median},{low},{high},{},{},{},{},{},{},{},{},{},\n",
+                begin(&entry.shape, &entry.route),
                 entry.chosen,
-                entry.plan,
+                quoted(&entry.plan),
                 entry.ms.is_noisy(),
                 entry.gflops,
                 entry.gb_s,
-                entry.share,
-                entry.host_ms,
+                maybe(entry.share),
+                maybe(entry.ratio),
+                maybe(entry.host_ms),
                 entry.first_ms,
                 entry.error,
+                entry.is_right(),
             );
+        }
+        for one in &self.refused {
+            let begun = begin(&one.shape, &one.route);
+            text += &format!("{begun}{}{}\n", ",".repeat(15), quoted(&one.why));
         }
         text
     }
@@ -171,7 +235,7 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
-    use super::Spread;
+    use super::{Spread, ratio};
 
     #[test]
     fn quartiles_and_noise() {
@@ -186,5 +250,16 @@ mod tests {
         assert!(!Spread::of(&[1.0, 1.01, 1.02, 1.0]).is_noisy());
         assert_eq!(Spread::of(&[2.0, 3.0]).median, 2.5);
         assert!(Spread::of(&[]).is_noisy());
+    }
+
+    #[test]
+    fn ratios_are_of_one_round() {
+        let base = [1.0, 1.0, 1.0, 9.0, 1.0];
+        let three = base.map(|ms| 3.0 * ms);
+        assert_eq!(ratio(&three, &base), Some(3.0));
+        assert_eq!(ratio(&base, &three), Some(1.0 / 3.0));
+        assert_eq!(ratio(&three, &[1.0, 2.0, 1.0, 2.0, 2.0]), None);
+        assert_eq!(ratio(&[1.0, 2.0, 3.0], &[1.0, 2.0, 3.0]), None);
+        assert_eq!(ratio(&three, &[]), None);
     }
 }

@@ -1,7 +1,7 @@
-//! burn's attention on the tensors of a safetensors file, timed as `qkv attend --time N` is.
+//! burn's attention as a peer of `qkv bench --peers=burn`, whose src/cli/bench/peers.rs says what lines of JSON
+//! are spoken. Times are by its own profiler's timestamps, or the host's clock where there are none.
 //!
-//! `q` [B,H,Q,D], `k` and `v` [B,Hk,K,D], in f32. burn knows no grouped heads: the heads of K and V
-//! are repeated on the host before anything is timed.
+//! burn knows no grouped heads: the heads of K and V are repeated on the host before anything is timed.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -20,33 +20,17 @@ use cubek::attention::forward::launch;
 use half::f16;
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize_to_file};
+use serde::Deserialize;
+use serde_json::{Value, json};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 #[derive(Parser)]
-#[command(about = "burn's attention on the tensors of a safetensors file, timed")]
+#[command(about = "burn's attention, for `qkv bench --peers=burn`")]
 struct Options {
-    /// q [B,H,Q,D], k and v [B,Hk,K,D] in f32
-    input: PathBuf,
-    /// Writes `out` [B,H,Q,D] in f32 here
-    #[arg(short, long)]
-    output: Option<PathBuf>,
-    #[arg(long, value_enum, default_value_t = Storage::F32)]
-    storage: Storage,
-    /// The last query sees all keys
-    #[arg(long)]
-    causal: bool,
-    /// Times a first call and N more by each clock
-    #[arg(long, value_name = "N")]
-    time: Option<u32>,
-    #[arg(long, value_enum, default_value_t = Strategy::Unit)]
+    /// Its kernel
+    #[arg(long, value_enum, env = "BURN_STRATEGY", default_value_t = Strategy::Unit)]
     strategy: Strategy,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Storage {
-    F32,
-    F16,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -59,10 +43,39 @@ enum Strategy {
     Autotune,
 }
 
-fn main() -> Result<()> {
+/// What is to be computed.
+#[derive(Deserialize)]
+struct Case {
+    input: PathBuf,
+    output: PathBuf,
+    /// The last query sees all keys.
+    causal: bool,
+    storage: Storage,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Storage {
+    F32,
+    F16,
+}
+
+fn main() {
     let options = Options::parse();
-    let file = std::fs::read(&options.input)?;
-    let [q, k, v] = read(&SafeTensors::deserialize(&file)?, options.storage)?;
+    if let Err(why) = speak(options.strategy) {
+        println!("{}", json!({ "failed": why.to_string() }));
+    }
+}
+
+fn speak(strategy: Strategy) -> Result<()> {
+    let mut asked = std::io::stdin().lines();
+    println!("{}", json!({ "missing": [] }));
+    let Some(line) = asked.next() else {
+        return Ok(());
+    };
+    let case: Case = serde_json::from_str(&line?)?;
+    let file = std::fs::read(&case.input)?;
+    let [q, k, v] = read(&SafeTensors::deserialize(&file)?, case.storage)?;
 
     let kind = WgpuDeviceKind::default();
     let device = CubeDevice::vulkan(kind.clone()).or_else(|_| CubeDevice::wgpu(kind))?;
@@ -71,64 +84,67 @@ fn main() -> Result<()> {
     let (q, k, v) = (put(q), put(k), put(v));
     pollster::block_on(client.sync()).map_err(|e| format!("{e:?}"))?;
 
-    let call = || attend(&q, &k, &v, &options);
+    let call = || attend(&q, &k, &v, case.causal, strategy);
     // Waits for the device, and fails where the kernel could not be built or run.
     let wait = |out: &CubeTensor| {
         pollster::block_on(client.sync_buffers([&out.handle])).map_err(|e| format!("{e:?}"))
     };
-    let timed = || -> Result<(f64, CubeTensor)> {
+    let by_host = || -> Result<(f64, CubeTensor)> {
         let started = Instant::now();
         let out = call()?;
         wait(&out)?;
         Ok((started.elapsed().as_secs_f64() * 1e3, out))
     };
+    let by_device = || -> Result<(f64, CubeTensor)> {
+        let (out, took) = client
+            .profile(|| call().map_err(|e| e.to_string()), "attention")
+            .map_err(|e| format!("{e:?}"))?;
+        let ticks = pollster::block_on(took.resolve()).ok_or("no timestamps")?;
+        let out = out?;
+        wait(&out)?;
+        Ok((ticks.duration().as_secs_f64() * 1e3, out))
+    };
 
-    let (first_ms, mut out) = timed()?;
-    if let Some(n) = options.time {
-        let mut wall_ms = Vec::new();
-        for _ in 0..n {
-            let ms;
-            (ms, out) = timed()?;
-            wall_ms.push(ms);
+    let (first_ms, mut out) = by_host()?;
+    let about = json!({
+        "version": "0.22.1",
+        "device": client.properties().identity.name,
+        "runtime": client.name(),
+        "strategy": format!("{strategy:?}").to_lowercase(),
+    });
+    println!("{}", json!({ "first_ms": first_ms, "about": about }));
+
+    let has_clock = client.properties().timing_method == TimingMethod::Device;
+    let mut times = Vec::new();
+    for line in asked {
+        if serde_json::from_str::<Value>(&line?)? != json!("call") {
+            write(&case.output, out)?;
+            let clock = if has_clock { "device" } else { "host" };
+            println!("{}", json!({ "clock": clock, "times_ms": times }));
+            break;
         }
-        let mut device_ms = Vec::new();
-        let clock = client.properties().timing_method;
-        if clock == TimingMethod::Device {
-            for _ in 0..n {
-                let (last, took) = client
-                    .profile(|| call().map_err(|e| e.to_string()), "attention")
-                    .map_err(|e| format!("{e:?}"))?;
-                let ticks = pollster::block_on(took.resolve()).ok_or("no timestamps")?;
-                out = last?;
-                wait(&out)?;
-                device_ms.push(ticks.duration().as_secs_f64() * 1e3);
-            }
-        }
-        let line = serde_json::json!({
-            "device": client.properties().identity.name,
-            "runtime": client.name(),
-            "strategy": format!("{:?}", options.strategy).to_lowercase(),
-            "clock": if device_ms.is_empty() { "host" } else { "device" },
-            "first_ms": first_ms,
-            "times_ms": if device_ms.is_empty() { &wall_ms } else { &device_ms },
-            "wall_ms": wall_ms,
-        });
-        println!("{line}");
+        let ms;
+        (ms, out) = if has_clock { by_device()? } else { by_host()? };
+        times.push(ms);
+        println!("{{}}");
     }
-    match &options.output {
-        Some(path) => write(path, out),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// One call, not waited for.
-fn attend(q: &CubeTensor, k: &CubeTensor, v: &CubeTensor, options: &Options) -> Result<CubeTensor> {
+fn attend(
+    q: &CubeTensor,
+    k: &CubeTensor,
+    v: &CubeTensor,
+    is_causal: bool,
+    strategy: Strategy,
+) -> Result<CubeTensor> {
     let (q, k, v) = (q.clone(), k.clone(), v.clone());
     let module = AttentionModuleOptions {
-        is_causal: options.causal,
+        is_causal,
         ..Default::default()
     };
-    let out = match options.strategy {
+    let out = match strategy {
         // Not by AttentionStrategy::FlashUnit, which takes the separate kernels where it is refused.
         Strategy::Unit => {
             let unit = launch::Strategy::Unit(launch::BlueprintStrategy::Inferred(()));
@@ -137,7 +153,7 @@ fn attend(q: &CubeTensor, k: &CubeTensor, v: &CubeTensor, options: &Options) -> 
         Strategy::Fallback => attention(q, k, v, None, None, module, AttentionStrategy::Fallback),
         Strategy::Autotune => attention(q, k, v, None, None, module, AttentionStrategy::Autotune),
     };
-    out.map_err(|e| format!("{:?}: {e:?}", options.strategy).into())
+    out.map_err(|e| format!("{strategy:?}: {e:?}").into())
 }
 
 /// q, k and v as they go to the device, with as many heads each.
