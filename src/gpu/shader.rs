@@ -80,7 +80,6 @@ const SOURCES: &[(&str, &str)] = sources![
     "embed",
     "limits",
     "matmul",
-    "matvec",
     "merge",
     "norm",
     "pack",

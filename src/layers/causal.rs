@@ -148,19 +148,11 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
         Ok(y)
     }
 
-    /// What is asked of every matrix product of the step.
-    pub fn epilogue(&self) -> Epilogue<'static> {
-        Epilogue {
-            batch_invariant: self.tokens.paged.is_some(),
-            ..Default::default()
-        }
-    }
-
     /// The state becomes x + `from` projected by `out`.
     fn add(&mut self, from: &Tensor, out: &Linear) -> Result<()> {
         let epilogue = Epilogue {
             residual: Some(&self.x),
-            ..self.epilogue()
+            ..Default::default()
         };
         ops::matmul(self.recorder, from, out, &self.y, epilogue)?;
         std::mem::swap(&mut self.x, &mut self.y);
@@ -182,7 +174,7 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
             &self.normed,
             &layer.qkv,
             &self.projected,
-            self.epilogue(),
+            Epilogue::default(),
         )?;
         let NewTokens {
             sequences,
@@ -246,7 +238,7 @@ impl<'r, 'g, 'a> CausalStream<'r, 'g, 'a> {
         let epilogue = Epilogue {
             activation: Some(layer.activation),
             gated: true,
-            ..self.epilogue()
+            ..Default::default()
         };
         let hidden = self.hidden.clone();
         ops::matmul(

@@ -8,7 +8,9 @@ use crate::cache::{Cache, Extents};
 use crate::gguf::Gguf;
 use crate::gpu::{DType, Gpu, Recorder, Tensor};
 use crate::layers::{CausalLayer, CausalStream, Heads, NewTokens, Paged};
-use crate::ops::{self, Activation, Embedding, Linear, NOWHERE, Norm, Places, QkNorm, Rotary};
+use crate::ops::{
+    self, Activation, Embedding, Epilogue, Linear, NOWHERE, Norm, Places, QkNorm, Rotary,
+};
 use crate::{Error, Result};
 
 /// Everything in which decoder-only families differ. What they share: RMSNorm before each block and at the
@@ -430,8 +432,13 @@ impl CausalModel {
             stream.layer(layer, k, v, pass.attentions.get(ix))?;
         }
         let states = stream.norm(&self.norm, chunk.rows.as_ref())?;
-        let epilogue = stream.epilogue();
-        ops::matmul(recorder, &states, &self.logits, pass.logits, epilogue)
+        ops::matmul(
+            recorder,
+            &states,
+            &self.logits,
+            pass.logits,
+            Epilogue::default(),
+        )
     }
 }
 

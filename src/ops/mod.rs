@@ -9,7 +9,7 @@ pub use append::{Append, NOWHERE, Pairs, QkNorm, Rotary, Rows, append};
 pub use matrix::{Matrix, Storage};
 pub use sample::{Draw, Sampling, sample};
 
-use crate::gpu::{DType, Recorder, Shader, Tensor};
+use crate::gpu::{Caps, DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};
 
 /// The activation of a feed-forward layer.
@@ -83,16 +83,41 @@ pub struct Epilogue<'a> {
     pub gated: bool,
     /// Added last. As the result
     pub residual: Option<&'a Tensor>,
-    /// One kernel with one tile, however many rows: the bits of a row do not change with how many others there are.
-    pub batch_invariant: bool,
 }
 
-/// How many rows make `matmul` the better kernel than `matvec`.
-const MANY_ROWS: u32 = 5;
-/// Rows of a thread of `matmul` where there are not many more, or it must not depend on how many.
-const FEW_ROWS: u32 = 4;
+/// How a product's sums are shared out. What decides the order of a sum, the slices and who reads X, knows
+/// nothing of the number of rows: a row's bits are the same beside any others.
+struct Tile {
+    /// Of a thread.
+    rows: u32,
+    /// Of K.
+    slices: u32,
+    /// A workgroup's threads share the slices; else rows, and each goes through all slices.
+    split: bool,
+    /// Lanes pass elements of X on.
+    by_lanes: bool,
+}
 
-/// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`, or `[M, N / 2]` where gated.
+impl Tile {
+    /// Rows from which on there are threads enough without those of slices.
+    const MANY_ROWS: u32 = 64;
+
+    fn new(m: u32, caps: &Caps) -> Tile {
+        let by_lanes = caps.software && caps.subgroups.is_some_and(|(least, _)| least >= 8);
+        let split = caps.software || m < Tile::MANY_ROWS;
+        // On a processor without lanes that pass on, 8 rows leave too few registers.
+        let most = if by_lanes || !split { 8 } else { 4 };
+        Tile {
+            rows: m.next_power_of_two().min(most),
+            slices: if caps.software { 1 } else { 8 },
+            split,
+            by_lanes,
+        }
+    }
+}
+
+/// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`, or `[M, N / 2]` where gated. The bits of a row do
+/// not change with how many others there are.
 pub fn matmul(
     recorder: &mut Recorder,
     x: &Tensor,
@@ -133,22 +158,24 @@ pub fn matmul(
     if let Some(residual) = epilogue.residual {
         holds("a residual", residual, x.dtype, results)?;
     }
-    let vector = m < MANY_ROWS && !epilogue.batch_invariant;
-    let rows = match m {
-        _ if epilogue.batch_invariant => FEW_ROWS,
-        0..MANY_ROWS => m.next_power_of_two(),
-        MANY_ROWS..32 => FEW_ROWS,
-        _ => 8,
-    };
-    let per_group = if vector { rows } else { 4 * rows };
+    let tile = Tile::new(m, recorder.gpu().caps());
     let types = [x.dtype, linear.weight.values().dtype, y.dtype];
-    let software = recorder.gpu().caps().software;
-    let mut shader = Shader::new(if vector { "matvec" } else { "matmul" })
+    let shader = Shader::new("matmul")
         .with("F16", types.contains(&DType::F16))
         .with("T", x.dtype.name())
         .with("O_TYPE", y.dtype.name())
-        .with("VEC", if k.is_multiple_of(4) { 4u32 } else { 1 })
-        .with("ROWS", rows)
+        .with(
+            "VEC",
+            if tile.by_lanes || !k.is_multiple_of(4) {
+                1u32
+            } else {
+                4
+            },
+        )
+        .with("ROWS", tile.rows)
+        .with("SLICES", tile.slices)
+        .with("SPLIT", tile.split)
+        .with("BY_LANES", tile.by_lanes)
         .with("HAS_BIAS", linear.bias.is_some())
         .with("HAS_RESIDUAL", epilogue.residual.is_some())
         .with("GATED", epilogue.gated)
@@ -156,20 +183,16 @@ pub fn matmul(
             "ACTIVATION",
             epilogue.activation.map_or("none", Activation::wgsl),
         );
-    shader = linear.weight.constants(shader, software);
-    if vector {
-        let slices = match (linear.weight.storage(), software) {
-            (Storage::F32 | Storage::F16, _) | (_, true) => 4u32,
-            (_, false) => 8,
-        };
-        shader = shader.with("SLICES", slices);
-    }
+    let shader = linear
+        .weight
+        .constants(shader, recorder.gpu().caps().software);
     let bindings: Vec<&Tensor> = [x, linear.weight.values(), y]
         .into_iter()
         .chain(linear.weight.scales())
         .chain(&linear.bias)
         .chain(epilogue.residual)
         .collect();
+    let per_group = if tile.split { tile.rows } else { 4 * tile.rows };
     let groups = linear.n.div_ceil(64) as u64 * m.div_ceil(per_group) as u64;
     recorder.dispatch(&shader, [m, linear.n, k, stride], &bindings, groups)
 }

@@ -164,7 +164,6 @@ fn gated(
             activation: Some(activation),
             gated: true,
             residual: has_residual.then_some(&added),
-            batch_invariant: false,
         };
         ops::matmul(recorder, &input, &linear, &y, epilogue).unwrap();
     });
