@@ -14,13 +14,16 @@ use qkv::gpu::{DType, Gpu, Recorder};
 use qkv::ops::{self, Epilogue, Linear, Matrix, Storage};
 
 /// M, K, N: a row's projections of a small decoder and its logits, then batches and prompts.
-const SHAPES: [[u32; 3]; 7] = [
+const SHAPES: [[u32; 3]; 10] = [
     [1, 576, 576],
     [1, 576, 1536],
     [1, 1536, 576],
     [1, 576, 49152],
     [4, 576, 1536],
+    [8, 576, 1536],
     [32, 576, 1536],
+    [8, 576, 49152],
+    [32, 576, 49152],
     [256, 576, 1536],
 ];
 

@@ -164,7 +164,7 @@ fn product(
         activation: around.then_some(Activation::Silu),
         gated,
         residual: around.then_some(&residual),
-        ..Default::default()
+        batch_invariant: false,
     };
     let x = upload(gpu, dtype, &[m, k], &x);
     let y = result(gpu, dtype, m * columns);
@@ -181,26 +181,26 @@ fn product(
     (kernel, worst)
 }
 
-fn devices() -> [Gpu; 2] {
+/// The device, and two that go other ways: hardware, and one where lanes pass nothing on.
+fn devices() -> [Gpu; 3] {
     let caps = gpu().caps();
     let hardware = Caps {
         software: false,
         ..caps.clone()
     };
-    [gpu().clone(), gpu().narrowed(hardware)]
+    let alone = caps.without_subgroups();
+    [
+        gpu().clone(),
+        gpu().narrowed(hardware),
+        gpu().narrowed(alone),
+    ]
 }
 
 #[test]
 fn products_are_the_oracles_for_every_storage() {
     let (mut runs, mut worst) = (0, 0.0f64);
-    for (ix, gpu) in devices().iter().enumerate() {
-        // Weights in blocks alone are read otherwise on hardware.
-        let storages = if ix == 0 {
-            &STORAGES[..]
-        } else {
-            &STORAGES[2..]
-        };
-        for &storage in storages {
+    for gpu in &devices() {
+        for storage in STORAGES {
             for (ix, m) in [1, 2, 3, 4, 5, 7, 31, 33, 70].into_iter().enumerate() {
                 for [k, n] in [[32, 1], [64, 3], [96, 67], [160, 130], [576, 192]] {
                     let seed = (m * 1000 + k + n) as u64;
@@ -210,11 +210,60 @@ fn products_are_the_oracles_for_every_storage() {
                     worst = worst.max(ratio);
                     runs += 1;
                 }
+                // Of floats K may be anything.
+                if matches!(storage, Storage::F32 | Storage::F16) {
+                    for k in [1, 5, 36, 103] {
+                        let shape = [m, k, 6];
+                        let (_, ratio) = product(gpu, k as u64, storage, shape, DType::F32, true);
+                        worst = worst.max(ratio);
+                        runs += 1;
+                    }
+                }
             }
         }
     }
     println!("{runs} products, worst {worst:.3} of the tolerance");
-    assert_eq!(runs, 360);
+    assert_eq!(runs, 3 * 9 * (5 * 5 + 2 * 4));
+}
+
+#[test]
+fn a_row_has_the_same_bits_beside_any_others() {
+    for gpu in &devices() {
+        for storage in STORAGES {
+            let random = &mut Random::new(storage as u64);
+            let (rows, k, n) = (130, 608, 70);
+            let weight = weights(gpu, random, storage, n, k).matrix;
+            let bias = None;
+            let linear = Linear {
+                weight,
+                bias,
+                n: n as u32,
+            };
+            let x = floats(random, "f32", rows * k);
+            let run = |from: usize, m: usize| {
+                let x = upload(gpu, DType::F32, &[m, k], &x[from * k..][..m * k]);
+                let y = result(gpu, DType::F32, m * n);
+                let mut recorder = Recorder::new(gpu);
+                let epilogue = Epilogue {
+                    batch_invariant: true,
+                    ..Default::default()
+                };
+                ops::matmul(&mut recorder, &x, &linear, &y, epilogue).unwrap();
+                gpu.run(&recorder.finish().unwrap()).unwrap();
+                let got = without_canary(gpu, &y, m * n);
+                got.iter().map(|x| x.to_bits()).collect::<Vec<u32>>()
+            };
+            let together = run(0, rows);
+            for m in [1, 2, 3, 4, 5, 8, 9, 31, 32, 33, 63, 64, 65, 129] {
+                for from in [0, 1, rows - m] {
+                    assert!(
+                        run(from, m) == together[from * n..][..m * n],
+                        "{storage:?}: {m} rows from {from}"
+                    );
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -18,6 +18,14 @@ struct Params { m: u32, n: u32, k: u32, w_stride: u32 }
 
 {% include "shared/activation.wgsl" %}
 
+{% if BY_LANES %}
+// Element `k` of row `row` of X; zero past its end.
+fn load_x_element(row: u32, k: u32) -> f32 {
+    if (k < P.k) { return f32(x[row * P.k + k]); }
+    return 0.0;
+}
+{% endif %}
+
 // Four elements of row `row` of X from column `k` on; zeros past its end.
 fn load_x(row: u32, k: u32) -> vec4<f32> {
 {% if VEC == 4 %}

@@ -82,7 +82,6 @@ const SOURCES: &[(&str, &str)] = sources![
     "limits",
     "matmul",
     "matmul_coop",
-    "matvec",
     "merge",
     "norm",
     "pack",

@@ -9,7 +9,7 @@ pub use append::{Append, NOWHERE, Pairs, QkNorm, Rotary, Rows, append};
 pub use matrix::{Matrix, Storage};
 pub use sample::{Draw, Sampling, sample};
 
-use crate::gpu::{DType, Recorder, Shader, Tensor};
+use crate::gpu::{Caps, DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};
 
 /// The activation of a feed-forward layer.
@@ -83,20 +83,48 @@ pub struct Epilogue<'a> {
     pub gated: bool,
     /// Added last. As the result
     pub residual: Option<&'a Tensor>,
-    /// One kernel with one tile, however many rows: the bits of a row do not change with how many others there are.
+    /// Not on cooperative matrices, which many rows alone go to: the bits of a row do not change with how many
+    /// others there are.
     pub batch_invariant: bool,
 }
 
-/// How many rows make `matmul` the better kernel than `matvec`.
-const MANY_ROWS: u32 = 5;
 /// How many rows make `matmul_coop` the better kernel, where there are matrices: half of a workgroup's.
 const MATRIX_ROWS: u32 = 32;
-/// Rows of a thread of `matmul` where there are not many more, or it must not depend on how many.
-const FEW_ROWS: u32 = 4;
 
-/// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`, or `[M, N / 2]` where gated. Sums are in f32; where
-/// X and Y are f16, many rows go to cooperative matrices, if the device has them, and weights in blocks are rounded
-/// to f16 there.
+/// How a product's sums are shared out. What decides the order of a sum, the slices and who reads X, knows
+/// nothing of the number of rows: a row's bits are the same beside any others.
+struct Tile {
+    /// Of a thread.
+    rows: u32,
+    /// Of K.
+    slices: u32,
+    /// A workgroup's threads share the slices; else rows, and each goes through all slices.
+    split: bool,
+    /// Lanes pass elements of X on.
+    by_lanes: bool,
+}
+
+impl Tile {
+    /// Rows from which on there are threads enough without those of slices.
+    const MANY_ROWS: u32 = 64;
+
+    fn new(m: u32, caps: &Caps) -> Tile {
+        let by_lanes = caps.software && caps.subgroups.is_some_and(|(least, _)| least >= 8);
+        let split = caps.software || m < Tile::MANY_ROWS;
+        // On a processor without lanes that pass on, 8 rows leave too few registers.
+        let most = if by_lanes || !split { 8 } else { 4 };
+        Tile {
+            rows: m.next_power_of_two().min(most),
+            slices: if caps.software { 1 } else { 8 },
+            split,
+            by_lanes,
+        }
+    }
+}
+
+/// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`, or `[M, N / 2]` where gated. Sums are in
+/// f32, and the bits of a row do not change with how many others there are; but where X and Y are f16, many rows go to
+/// cooperative matrices, if the device has them, for which weights in blocks are rounded to f16.
 pub fn matmul(
     recorder: &mut Recorder,
     x: &Tensor,
@@ -138,7 +166,7 @@ pub fn matmul(
         holds("a residual", residual, x.dtype, results)?;
     }
     let caps = recorder.gpu().caps();
-    // Many rows in f16. Weights in blocks are rounded to f16 there, for which a result in f32 would be too good.
+    // A result in f32 would be too good for weights in blocks that are rounded to f16.
     let coarse = linear.weight.storage() != Storage::F16 && y.dtype != DType::F16;
     let for_matrices = x.dtype == DType::F16
         && m >= MATRIX_ROWS
@@ -146,25 +174,29 @@ pub fn matmul(
         && !coarse
         && !epilogue.batch_invariant;
     let form = caps.matrix_form().filter(|_| for_matrices);
-    let vector = m < MANY_ROWS && !epilogue.batch_invariant;
-    let rows = match m {
-        _ if epilogue.batch_invariant => FEW_ROWS,
-        0..MANY_ROWS => m.next_power_of_two(),
-        MANY_ROWS..32 => FEW_ROWS,
-        _ => 8,
-    };
-    let (kernel, per_group) = match (form, vector) {
-        (Some(_), _) => ("matmul_coop", 64),
-        (_, true) => ("matvec", rows),
-        _ => ("matmul", 4 * rows),
+    let tile = Tile::new(m, caps);
+    let vec = if (tile.by_lanes && form.is_none()) || !k.is_multiple_of(4) {
+        1u32
+    } else {
+        4
     };
     let types = [x.dtype, linear.weight.values().dtype, y.dtype];
-    let software = caps.software;
-    let mut shader = Shader::new(kernel)
+    let shader = match form {
+        Some(form) => form
+            .constants(Shader::new("matmul_coop"))
+            .with("SOFTWARE", caps.software)
+            .with("BY_LANES", false),
+        None => Shader::new("matmul")
+            .with("ROWS", tile.rows)
+            .with("SLICES", tile.slices)
+            .with("SPLIT", tile.split)
+            .with("BY_LANES", tile.by_lanes),
+    };
+    let shader = shader
         .with("F16", types.contains(&DType::F16))
         .with("T", x.dtype.name())
         .with("O_TYPE", y.dtype.name())
-        .with("VEC", if k.is_multiple_of(4) { 4u32 } else { 1 })
+        .with("VEC", vec)
         .with("HAS_BIAS", linear.bias.is_some())
         .with("HAS_RESIDUAL", epilogue.residual.is_some())
         .with("GATED", epilogue.gated)
@@ -172,24 +204,20 @@ pub fn matmul(
             "ACTIVATION",
             epilogue.activation.map_or("none", Activation::wgsl),
         );
-    shader = linear.weight.constants(shader, software);
-    shader = match form {
-        Some(form) => form.constants(shader).with("SOFTWARE", software),
-        None => shader.with("ROWS", rows),
-    };
-    if vector {
-        let slices = match (linear.weight.storage(), software) {
-            (Storage::F32 | Storage::F16, _) | (_, true) => 4u32,
-            (_, false) => 8,
-        };
-        shader = shader.with("SLICES", slices);
-    }
+    let shader = linear
+        .weight
+        .constants(shader, recorder.gpu().caps().software);
     let bindings: Vec<&Tensor> = [x, linear.weight.values(), y]
         .into_iter()
         .chain(linear.weight.scales())
         .chain(&linear.bias)
         .chain(epilogue.residual)
         .collect();
+    let per_group = match form {
+        Some(_) => 64,
+        None if tile.split => tile.rows,
+        None => 4 * tile.rows,
+    };
     let groups = linear.n.div_ceil(64) as u64 * m.div_ceil(per_group) as u64;
     recorder.dispatch(&shader, [m, linear.n, k, stride], &bindings, groups)
 }

@@ -344,66 +344,60 @@ pub fn attention_variants() -> &'static HashSet<Shader> {
 }
 
 /// The variants of a kernel for weights in blocks.
-fn in_blocks(shader: &Shader) -> Vec<Shader> {
-    let mut all = Vec::new();
-    for w in ["q8_0", "q4_0", "q4_1"] {
-        // Embeddings have no loop to hide.
-        let softwares = if shader.kernel == "embed" {
-            &[false][..]
-        } else {
-            &BOTH
-        };
-        for &software in softwares {
-            let shader = shader.clone().with("W_TYPE", w).with("SOFTWARE", software);
-            all.push(match shader.kernel {
-                "matvec" => shader.with("SLICES", if software { 4u32 } else { 8 }),
-                _ => shader,
-            });
-        }
-    }
-    all
+fn in_blocks(shader: &Shader, software: bool) -> impl Iterator<Item = Shader> {
+    ["q8_0", "q4_0", "q4_1"].into_iter().map(move |w| {
+        let shader = shader.clone().with("W_TYPE", w);
+        shader.with("SOFTWARE", software)
+    })
 }
 
 /// The variants of everything around attention.
 pub fn other_variants() -> Vec<Shader> {
     let mut all = Vec::new();
-    for (kernel, rows) in [("matvec", &[1, 2, 4][..]), ("matmul", &[4, 8])] {
-        for &rows in rows {
-            for vec in VECTORS {
-                for has_bias in BOTH {
-                    for has_residual in BOTH {
-                        for activation in ["none", "relu", "gelu", "gelu_tanh", "silu"] {
-                            for [x, w, y] in [
-                                ["f32"; 3],
-                                ["f16"; 3],
-                                ["f16", "f16", "f32"],
-                                ["f32", "f16", "f32"],
-                                ["f16", "f32", "f16"],
-                                ["f16", "f32", "f32"],
-                                ["f32", "blocks", "f32"],
-                                ["f16", "blocks", "f16"],
-                                ["f16", "blocks", "f32"],
-                            ] {
-                                for gated in BOTH {
-                                    let shader = Shader::new(kernel)
-                                        .with("F16", [x, w, y].contains(&"f16"))
-                                        .with("T", x)
-                                        .with("O_TYPE", y)
-                                        .with("VEC", vec)
-                                        .with("ROWS", rows)
-                                        .with("HAS_BIAS", has_bias)
-                                        .with("HAS_RESIDUAL", has_residual)
-                                        .with("GATED", gated)
-                                        .with("ACTIVATION", activation);
-                                    if w != "blocks" {
-                                        let shader = shader.with("W_TYPE", w);
-                                        all.push(match kernel {
-                                            "matvec" => shader.with("SLICES", 4u32),
-                                            _ => shader,
-                                        });
-                                    } else if vec == 4 {
-                                        all.extend(in_blocks(&shader));
-                                    }
+    // A processor with subgroups and without, then hardware with few rows and many.
+    for (rows, slices, split, by_lanes) in [
+        (&[1u32, 2, 4, 8][..], 1u32, true, true),
+        (&[1, 2, 4], 1, true, false),
+        (&[1, 2, 4], 8, true, false),
+        (&[8], 8, false, false),
+    ] {
+        let vectors = if by_lanes { &[1u32][..] } else { &VECTORS };
+        for (&rows, &vec) in rows
+            .iter()
+            .flat_map(|rows| vectors.iter().map(move |vec| (rows, vec)))
+        {
+            for has_bias in BOTH {
+                for has_residual in BOTH {
+                    for activation in ["none", "relu", "gelu", "gelu_tanh", "silu"] {
+                        for [x, w, y] in [
+                            ["f32"; 3],
+                            ["f16"; 3],
+                            ["f16", "f16", "f32"],
+                            ["f32", "f16", "f32"],
+                            ["f16", "f32", "f16"],
+                            ["f16", "f32", "f32"],
+                            ["f32", "blocks", "f32"],
+                            ["f16", "blocks", "f16"],
+                            ["f16", "blocks", "f32"],
+                        ] {
+                            for gated in BOTH {
+                                let shader = Shader::new("matmul")
+                                    .with("F16", [x, w, y].contains(&"f16"))
+                                    .with("T", x)
+                                    .with("O_TYPE", y)
+                                    .with("VEC", vec)
+                                    .with("ROWS", rows)
+                                    .with("SLICES", slices)
+                                    .with("SPLIT", split)
+                                    .with("BY_LANES", by_lanes)
+                                    .with("HAS_BIAS", has_bias)
+                                    .with("HAS_RESIDUAL", has_residual)
+                                    .with("GATED", gated)
+                                    .with("ACTIVATION", activation);
+                                if w != "blocks" {
+                                    all.push(shader.with("W_TYPE", w));
+                                } else if vec == 4 || by_lanes {
+                                    all.extend(in_blocks(&shader, slices == 1));
                                 }
                             }
                         }
@@ -430,7 +424,8 @@ pub fn other_variants() -> Vec<Shader> {
                         .with("LANES", if plain { 32 } else { most })
                         .with("FIXED", least == most)
                         .with("PLAIN", plain)
-                        .with("SOFTWARE", plain);
+                        .with("SOFTWARE", plain)
+                        .with("BY_LANES", false);
                     let dense = shader.clone().with("W_TYPE", "f16");
                     all.extend(VECTORS.map(|vec| dense.clone().with("VEC", vec)));
                     if y == "f16" {
@@ -489,7 +484,7 @@ pub fn other_variants() -> Vec<Shader> {
                     let f16 = [t, w].contains(&"f16");
                     all.push(embed.clone().with("F16", f16).with("W_TYPE", w));
                 }
-                all.extend(in_blocks(&embed.with("F16", t == "f16")));
+                all.extend(in_blocks(&embed.with("F16", t == "f16"), false));
             }
         }
     }
