@@ -3,6 +3,7 @@
 //! use; and small models of the known families against Hugging Face transformers.
 #![cfg(feature = "models")]
 
+mod appends;
 mod batch;
 #[path = "../support/compare.rs"]
 mod compare;
