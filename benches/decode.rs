@@ -2,8 +2,9 @@
 //! what the sequences share read by each and read once, and the host's part of a step.
 //!
 //! ```text
-//! QKV_MODEL="$(scripts/fetch-smollm2)" cargo bench --bench decode -- [f32 q8_0 ..] [128 4096 ..]
+//! QKV_MODEL="$(scripts/fetch-smollm2)" cargo bench --bench decode -- [f32 q8_0 ..] [128 4096 ..] [1 8 32 ..]
 //! QKV_HF_PYTHON=python3 QKV_MODEL=... cargo bench --bench decode     # beside transformers on the CPU
+//! QKV_LLAMA_PYTHON=python3 QKV_MODEL=... cargo bench --bench decode  # beside llama.cpp on the CPU
 //! ```
 //!
 //! A context of so many tokens is read once; the batch's sequences are forks of it, each with tokens of its own. The
@@ -55,17 +56,25 @@ fn main() -> qkv::Result<()> {
         host_us(&model)?
     );
     println!(
-        "\ncache  context  batch  tokens/s  cascade tokens/s  times  step ms  transformers tokens/s  ours/it"
+        "\ncache  context  batch  tokens/s  cascade tokens/s  times  step ms  transformers tokens/s  ours/it  llama.cpp tokens/s  ours/it"
     );
     let types = among(TYPES.map(|dtype| dtype.name().into()).to_vec());
     let contexts = among(CONTEXTS.map(|n| n.to_string()).to_vec());
+    let wanted = among(BATCHES.map(|n| n.to_string()).to_vec());
+    let batches = BATCHES.into_iter().zip(wanted);
+    let batches: Vec<usize> = batches
+        .filter_map(|(n, wanted)| wanted.then_some(n))
+        .collect();
     for (context, _) in CONTEXTS.iter().zip(contexts).filter(|(_, wanted)| *wanted) {
-        let theirs = BATCHES.map(|batch| transformers(&path, batch, *context));
+        let theirs: Vec<Peers> = batches
+            .iter()
+            .map(|&batch| PEERS.map(|peer| peer_seconds(peer, &path, batch, *context)))
+            .collect();
         for (dtype, _) in TYPES.iter().zip(&types).filter(|(_, wanted)| **wanted) {
             if *dtype == DType::F16 && !gpu.caps().f16 {
                 continue;
             }
-            by_batch(&model, theirs, *context, *dtype)?;
+            by_batch(&model, &batches, &theirs, *context, *dtype)?;
         }
     }
     Ok(())
@@ -114,12 +123,13 @@ fn step(
 
 fn by_batch(
     model: &CausalModel,
-    theirs: [Option<f64>; BATCHES.len()],
+    batches: &[usize],
+    theirs: &[Peers],
     context: usize,
     dtype: DType,
 ) -> qkv::Result<()> {
     let gpu = model.gpu();
-    let most = BATCHES.into_iter().max().unwrap_or(1) as u32;
+    let most = batches.iter().copied().max().unwrap_or(1) as u32;
     let own = (2 * (STEPS as u32 + 1)).div_ceil(PAGE) + 1;
     let pages = (context as u32).div_ceil(PAGE) + (most + 1) * own;
     let mut cache = model.paged_cache([dtype; 2], pages, PAGE)?;
@@ -133,7 +143,7 @@ fn by_batch(
         model.record_paged_step(&mut recorder, &cache, &step, &logits)?;
         gpu.run(&recorder.finish()?)?;
     }
-    for (batch, theirs) in BATCHES.into_iter().zip(theirs) {
+    for (&batch, theirs) in batches.iter().zip(theirs) {
         let ids = (0..batch)
             .map(|_| cache.fork(base))
             .collect::<qkv::Result<Vec<_>>>()?;
@@ -176,20 +186,24 @@ fn by_batch(
         }
         let [plain, cascade] = times.map(median);
         let rate = |seconds: f64| batch as f64 / seconds;
-        let (theirs, ratio) = match theirs {
-            Some(seconds) => (
+        let [hf, llama] = theirs.map(|theirs| match theirs {
+            Some(seconds) => [
                 format!("{:.1}", rate(seconds)),
                 format!("{:.2}", seconds / plain),
-            ),
+            ],
             None => Default::default(),
-        };
+        });
         println!(
-            "{:<5}{context:>9}{batch:>7}{:>10.1}{:>18.1}{:>7.2}{:>9.0}{theirs:>23}{ratio:>9}",
+            "{:<5}{context:>9}{batch:>7}{:>10.1}{:>18.1}{:>7.2}{:>9.0}{:>23}{:>9}{:>20}{:>9}",
             dtype.name(),
             rate(plain),
             rate(cascade),
             plain / cascade,
             plain * 1e3,
+            hf[0],
+            hf[1],
+            llama[0],
+            llama[1],
         );
     }
     Ok(())
@@ -222,12 +236,26 @@ fn host_us(model: &CausalModel) -> qkv::Result<f64> {
     Ok(median(times.collect()))
 }
 
-/// Seconds of a step in transformers on the CPU, where QKV_HF_PYTHON names a Python that has it.
-fn transformers(path: &Path, batch: usize, context: usize) -> Option<f64> {
-    let python = std::env::var_os("QKV_HF_PYTHON")?;
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/decode_hf.py");
+/// Where a peer's Python is named, and the script that it runs.
+const PEERS: [[&str; 2]; 2] = [
+    ["QKV_HF_PYTHON", "decode_hf.py"],
+    ["QKV_LLAMA_PYTHON", "decode_llama.py"],
+];
+
+/// Seconds of a step in each.
+type Peers = [Option<f64>; PEERS.len()];
+
+/// Seconds of a step in a peer on the CPU, where its variable names a Python that has it.
+fn peer_seconds(
+    [python, script]: [&str; 2],
+    path: &Path,
+    batch: usize,
+    context: usize,
+) -> Option<f64> {
+    let python = std::env::var_os(python)?;
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers");
     let output = Command::new(python)
-        .arg(script)
+        .arg(Path::new(folder).join(script))
         .arg(path)
         .args([batch, context, STEPS].map(|n| n.to_string()))
         .output()

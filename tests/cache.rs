@@ -2,26 +2,18 @@
 
 #[path = "support/compare.rs"]
 mod compare;
-
-use std::sync::OnceLock;
+#[path = "support/device.rs"]
+mod device;
 
 use compare::tolerance;
+use device::gpu;
 use proptest::prelude::*;
 use qkv::Error;
 use qkv::attention::{self, Options, Route, Tensors, View};
 use qkv::cache::{Keep, PagedCache, PagedExtents, SequenceId};
-use qkv::gpu::{DType, Gpu, Recorder, Tensor};
+use qkv::gpu::{DType, Recorder, Tensor};
 use qkv::ops::{self, Append, Rows};
 use qkv::reference::{self, Attention};
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        Gpu::new()
-            .expect("a device: see scripts/with-gpu")
-            .untuned()
-    })
-}
 
 const KV_HEADS: usize = 2;
 const HEADS: usize = 4;

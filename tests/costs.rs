@@ -1,22 +1,16 @@
 //! Time and memory grow as they should: decode with K, prefill with Q times K and causal for half of that, and no
 //! fused route holds a matrix of Q times K.
 
-use std::sync::OnceLock;
+#[path = "support/device.rs"]
+mod device;
+
 use std::time::{Duration, Instant};
 
+use device::gpu;
 use qkv::attention::{Options, Plan, Problem, Route, Tensors, View, plan, record};
-use qkv::gpu::{DType, Gpu, Recorder, Recording, Tensor};
+use qkv::gpu::{DType, Recorder, Recording, Tensor};
 
 const DIM: u32 = 64;
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        Gpu::new()
-            .expect("a device: see scripts/with-gpu")
-            .untuned()
-    })
-}
 
 /// Queries, keys, values and output, f32 and all zeros: what they hold changes nothing of the cost.
 struct Inputs([Tensor; 4]);

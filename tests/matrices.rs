@@ -3,12 +3,13 @@
 
 #[path = "support/compare.rs"]
 mod compare;
+#[path = "support/device.rs"]
+mod device;
 #[path = "support/grid/mod.rs"]
 mod grid;
 
-use std::sync::OnceLock;
-
 use compare::{compare_rows, round_to, tolerance};
+use device::gpu;
 use grid::Random;
 use qkv::gguf::Blocks;
 use qkv::gpu::{Caps, CoopShape, DType, Gpu, Matrices, Recorder, Tensor};
@@ -25,15 +26,6 @@ const STORAGES: [Storage; 5] = [
 
 /// Behind every result; no kernel may write there.
 const CANARY: f32 = 7.75;
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        Gpu::new()
-            .expect("a device: see scripts/with-gpu")
-            .untuned()
-    })
-}
 
 /// A matrix on the device, and its elements by column, `[N, K]`.
 struct Weights {

@@ -4,27 +4,19 @@
 
 #[path = "support/compare.rs"]
 mod compare;
+#[path = "support/device.rs"]
+mod device;
 #[path = "support/grid/mod.rs"]
 mod grid;
 
-use std::sync::OnceLock;
-
+use device::gpu;
 use grid::Random;
 use qkv::generate::{CausalGenerator, CausalSettings};
-use qkv::gpu::{DType, Gpu, Recorder};
+use qkv::gpu::{DType, Recorder};
 use qkv::model::{CausalModel, Source};
 use qkv::ops::{self, Draw, Sampling};
 use qkv::reference::{self, Warpers};
 use serde_json::Value;
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        Gpu::new()
-            .expect("a device: see scripts/with-gpu")
-            .untuned()
-    })
-}
 
 fn golden(path: &str) -> std::path::PathBuf {
     std::path::Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -6,6 +6,8 @@
 #[path = "../support/compare.rs"]
 mod compare;
 mod coop;
+#[path = "../support/device.rs"]
+mod device;
 #[path = "../support/grid/mod.rs"]
 mod grid;
 mod limits;
@@ -16,8 +18,8 @@ mod problems;
 mod sixteen;
 
 use std::collections::HashSet;
-use std::sync::OnceLock;
 
+use device::gpu;
 use grid::{Case, Place, Prepared};
 use qkv::Error;
 use qkv::attention::{
@@ -31,15 +33,6 @@ const F32: DType = DType::F32;
 
 /// The masks that are ranges: none, causal in both alignments; each with and without key lengths.
 const CAUSAL: [Option<Align>; 3] = [None, Some(Align::BottomRight), Some(Align::TopLeft)];
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        Gpu::new()
-            .expect("a device: see scripts/with-gpu")
-            .untuned()
-    })
-}
 
 /// Runs every case on every route and by the plan's choice, and asserts the number of runs.
 #[track_caller]

@@ -7,6 +7,8 @@ mod appends;
 mod batch;
 #[path = "../support/compare.rs"]
 mod compare;
+#[path = "../support/device.rs"]
+mod device;
 mod drafts;
 mod gguf;
 #[path = "../support/grid/mod.rs"]
@@ -19,26 +21,16 @@ mod transformers;
 #[expect(dead_code, reason = "no metadata of these files is an array")]
 mod writer;
 
-use std::sync::OnceLock;
-
 use compare::{Tolerance, compare_rows, tolerance};
+use device::gpu;
 use grid::Random;
 use maker::{make, rope_of, specs};
 use qkv::cache::Cache;
 use qkv::generate::{CausalGenerator, CausalSettings, Sequence};
-use qkv::gpu::{DType, Gpu, Recorder, Tensor};
+use qkv::gpu::{DType, Recorder, Tensor};
 use qkv::model::{CausalModel, CausalSpec, Chunk, Padded, RopeScaling, Wanted};
 use qkv::ops::Pairs;
 use qkv::reference;
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        Gpu::new()
-            .expect("a device: see scripts/with-gpu")
-            .untuned()
-    })
-}
 
 /// Rows of tokens of those lengths.
 fn tokens(seed: u64, lengths: &[usize], vocab: u32) -> Vec<Vec<u32>> {

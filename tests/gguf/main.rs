@@ -3,6 +3,8 @@
 #![cfg(feature = "models")]
 
 mod chats;
+#[path = "../support/device.rs"]
+mod device;
 mod goldens;
 mod outlines;
 mod tokenizers;

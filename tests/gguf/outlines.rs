@@ -1,14 +1,14 @@
 //! From metadata to a model's shape, and from tensors to matrices on the device.
 
 use std::path::Path;
-use std::sync::OnceLock;
 
 use qkv::gguf::{Blocks, Gguf, Header};
-use qkv::gpu::{DType, Gpu, Recorder};
+use qkv::gpu::{DType, Recorder};
 use qkv::model::{Columns, Outline, OutlineScaling, matrix};
 use qkv::ops::{self, Epilogue, Linear, Storage};
 use qkv::reference;
 
+use crate::device::gpu;
 use crate::goldens::smollm2;
 use crate::writer::{File, text, value};
 
@@ -303,15 +303,6 @@ fn the_real_models_outline_is_smollm2s() {
         judge(&gguf, &names, k, columns, storage);
         println!("{names:?}: {:?}", started.elapsed());
     }
-}
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        Gpu::new()
-            .expect("a device: see scripts/with-gpu")
-            .untuned()
-    })
 }
 
 /// Makes a matrix, multiplies a row by it, and compares with the expanded blocks.

@@ -2,13 +2,15 @@
 //! every device grants.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::sync::OnceLock;
 
+use device::gpu;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, StorageAccess, TypeInner};
 use qkv::attention::{Options, Problem, Route, Tensors, View, plan};
-use qkv::gpu::{DType, Gpu, Matrices, templates};
+use qkv::gpu::{DType, Matrices, templates};
 
+#[path = "../support/device.rs"]
+mod device;
 mod variants;
 
 use variants::{TYPES, attention_variants, matrix, other_variants};
@@ -241,13 +243,4 @@ var<workgroup> wg: array<f32, 64>;
         let said = check("matmul", &good.replace(from, to)).expect_err(to);
         assert!(said.contains(word), "{to}: {said}");
     }
-}
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        Gpu::new()
-            .expect("a device: see scripts/with-gpu")
-            .untuned()
-    })
 }

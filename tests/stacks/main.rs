@@ -4,14 +4,16 @@
 
 #[path = "../support/compare.rs"]
 mod compare;
+#[path = "../support/device.rs"]
+mod device;
 #[path = "../support/grid/mod.rs"]
 mod grid;
 mod maker;
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
 
 use compare::{Tolerance, compare_rows, round_to, tolerance};
+use device::gpu;
 use grid::Random;
 use maker::{make, specs};
 use qkv::cache::{Cache, Extents};
@@ -22,15 +24,6 @@ use qkv::model::{Memory, Model, Padded, Positions, Source, Spec, Stack};
 use qkv::ops::Activation;
 use qkv::reference;
 use safetensors::tensor::{Dtype, TensorView};
-
-fn gpu() -> &'static Gpu {
-    static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        Gpu::new()
-            .expect("a device: see scripts/with-gpu")
-            .untuned()
-    })
-}
 
 /// Rows of tokens of those lengths.
 fn tokens(seed: u64, lengths: &[usize], vocab: u32) -> Vec<Vec<u32>> {
