@@ -3,9 +3,12 @@
 
 #[path = "support/compare.rs"]
 mod compare;
+#[path = "support/device.rs"]
+mod device;
 
 use std::path::{Path, PathBuf};
 
+use device::gpu;
 use qkv::generate::{EarlyStopping, Generator, Settings};
 use qkv::gpu::{DType, Gpu};
 use qkv::model::{Memory, Model, Padded, Source};
@@ -98,10 +101,10 @@ fn worst(got: &[f32], want: &[f64]) -> f64 {
 
 #[test]
 fn logits_states_and_attentions_equal_transformers() {
-    let gpu = Gpu::new().unwrap().untuned();
+    let gpu = gpu();
     for name in MODELS {
         let golden = Golden::new(name);
-        let model = golden.model(&gpu, DType::F32);
+        let model = golden.model(gpu, DType::F32);
         let memory = model.encode(&golden.sources(), true).unwrap();
         let forward = model.forward(&memory, &golden.targets(), true).unwrap();
         let logits = worst(
@@ -207,10 +210,10 @@ fn wanted(golden: &Golden, name: &str, settings: &Settings) -> Vec<Vec<u32>> {
 
 #[test]
 fn greedy_and_beam_search_write_the_tokens_of_transformers() {
-    let gpu = Gpu::new().unwrap().untuned();
+    let gpu = gpu();
     for name in MODELS {
         let golden = Golden::new(name);
-        let model = golden.model(&gpu, DType::F32);
+        let model = golden.model(gpu, DType::F32);
         let memory = model.encode(&golden.sources(), false).unwrap();
         for (run, ids) in [("greedy", "greedy_ids"), ("beam4", "beam4_ids")] {
             let settings = settings(&golden, run);
@@ -240,14 +243,14 @@ const F16_ERROR: f64 = 0.005;
 
 #[test]
 fn in_f16_the_best_token_is_the_same_wherever_it_is_clearly_the_best() {
-    let gpu = Gpu::new().unwrap().untuned();
+    let gpu = gpu();
     if !gpu.caps().f16 {
         println!("this device has no f16: nothing was run");
         return;
     }
     for name in MODELS {
         let golden = Golden::new(name);
-        let model = golden.model(&gpu, DType::F16);
+        let model = golden.model(gpu, DType::F16);
         let memory = model.encode(&golden.sources(), false).unwrap();
         let forward = model.forward(&memory, &golden.targets(), false).unwrap();
         let got = gpu.read_floats(&forward.logits).unwrap();
@@ -307,9 +310,9 @@ fn settings_that_are_not_honoured_are_refused_by_name() {
 
 #[test]
 fn renormalized_scores_are_over_the_tokens_that_may_be_written() {
-    let gpu = Gpu::new().unwrap().untuned();
+    let gpu = gpu();
     let golden = Golden::new("relu");
-    let model = golden.model(&gpu, DType::F32);
+    let model = golden.model(gpu, DType::F32);
     let memory = model.encode(&golden.sources(), false).unwrap();
     let mut settings = settings(&golden, "greedy");
     settings.suppressed = (0..40).filter(|id| !settings.eos.contains(id)).collect();
