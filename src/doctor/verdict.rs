@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::Check;
 use crate::attention::Route;
-use crate::gpu::{Caps, DType, Gpu, checksum, fingerprint, replace_file};
+use crate::gpu::{Caps, DType, Gpu, build, checksum, replace_file};
 
 /// What is known of a power.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -172,8 +172,7 @@ impl Verdict {
 
 /// What a verdict holds for.
 fn header(identity: &str) -> String {
-    let version = env!("CARGO_PKG_VERSION");
-    format!("qkv {version}\nshaders {:016x}\n{identity}", fingerprint())
+    format!("{}{identity}", build())
 }
 
 fn path(folder: &Path, header: &str) -> PathBuf {

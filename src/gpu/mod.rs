@@ -24,14 +24,27 @@ pub use limits::{Limits, Rates, Stream};
 pub(crate) use pipeline_cache::{checksum, replace_file};
 pub(crate) use recorder::Slice;
 pub use recorder::{Recorder, Recording};
+pub(crate) use shader::is_reserved;
 pub use shader::{Constant, Shader, templates};
-pub(crate) use shader::{fingerprint, is_reserved};
 pub use stats::Counters;
 pub(crate) use tensor::wgsl_type;
 pub use tensor::{DType, Tensor};
 
 use crate::{Error, Result};
 use stats::Stats;
+
+/// The version of wgpu and naga that the manifest asks for, and no other: kernels load unchecked as naga translates
+/// them, and what is remembered of their answers holds for that translation.
+const WGPU: &str = "30.0.1";
+
+/// What wrote the kernels that a remembered fact is of, a line each.
+pub(crate) fn build() -> String {
+    format!(
+        "qkv {}\nshaders {:016x}\nwgpu {WGPU}\n",
+        env!("CARGO_PKG_VERSION"),
+        shader::fingerprint()
+    )
+}
 
 /// A device with its compiled kernels. Cloning shares it.
 #[derive(Clone)]
@@ -182,6 +195,15 @@ impl Gpu {
         let mut inner = Arc::into_inner(gpu.0).expect("nobody else has it yet");
         inner.templates = templates;
         Gpu(Arc::new(inner))
+    }
+
+    /// Loses the device, as a driver does that starts anew.
+    #[cfg(test)]
+    pub(crate) fn lose(&self) {
+        self.device().destroy();
+        let _ = self.device().poll(wgpu::PollType::Poll);
+        let told = self.alive();
+        assert!(matches!(told, Err(Error::DeviceLost(_))), "{told:?}");
     }
 
     /// Adapter, driver and backend, a fact a line: what a verdict on the device holds for.
@@ -429,6 +451,21 @@ impl Gpu {
     pub fn save_pipelines(&self) {
         if let Some(cache) = &self.0.cache {
             cache.save();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{WGPU, build};
+
+    #[test]
+    fn the_manifest_asks_for_this_wgpu_and_naga_alone() {
+        assert!(build().contains(&format!("wgpu {WGPU}\n")));
+        let manifest = include_str!("../../Cargo.toml");
+        for name in ["wgpu", "naga"] {
+            let line = format!("{name} = {{ version = \"={WGPU}\",");
+            assert!(manifest.lines().any(|own| own.starts_with(&line)), "{line}");
         }
     }
 }
