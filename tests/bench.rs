@@ -410,6 +410,17 @@ fn the_doctor_finds_nothing_wrong_and_reports_it() {
             assert!(checks.iter().any(|c| ran(&c)), "{route} {storage}");
         }
     }
+    let ran = |key: &str, value: Value, storage: &str| {
+        let is = |c: &Value| c[key] == value && c["storage"] == storage;
+        checks.iter().any(is)
+    };
+    assert!(ran("problem", "product".into(), "f32"));
+    // Products in f16 are looked at wherever f16 is.
+    assert_eq!(
+        ran("f16_math", true.into(), "f16"),
+        ran("problem", "product".into(), "f16")
+    );
+    assert!(found["ended"].is_null(), "{}", found["ended"]);
     let line = format!("{0} of {0} checks are right", checks.len());
     assert!(said.contains(&line), "{said}");
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Args;
-use qkv::doctor::{self, Check, Finding, Hard, Report};
+use qkv::doctor::{self, Check, Finding, Hard, Report, Subject};
 use qkv::gpu::{DType, adapters};
 use qkv::{Error, Result};
 
@@ -20,7 +20,7 @@ pub struct Options {
     report: Option<PathBuf>,
 }
 
-/// Exit code 1 where a kernel is wrong.
+/// Exit code 1 where a kernel is wrong, 2 where none is and not all were run.
 pub fn run(options: &Options, device: Option<&str>) -> Result<ExitCode> {
     let started = Instant::now();
     let bar = progress(0, "{pos} checks, {msg}");
@@ -50,7 +50,7 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<ExitCode> {
         .collect();
     for check in &wrong {
         if let Err(said) = &check.outcome {
-            let name = check.hard.name();
+            let name = check.subject.problem();
             say(format_args!("\n{}, {name}: {said}\n", variant(check)))?;
         }
     }
@@ -61,16 +61,22 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<ExitCode> {
         all - wrong.len()
     ))?;
     for (power, finding) in powers(&report) {
-        if let Finding::Wrong(_) = finding {
+        if let Finding::Wrong(said) = finding {
             say(format_args!(
-                "{power}: not used on this device from now on\n"
+                "{power}: not used on this device from now on: {said}\n"
             ))?;
         }
     }
     for line in doctor::avoided(&report.claimed) {
         say(format_args!("avoided: {line}\n"))?;
     }
-    Ok(ExitCode::from(u8::from(!wrong.is_empty())))
+    match (wrong.is_empty(), report.ended) {
+        (false, Some(error)) => say(format_args!("not all checks were made: {error}\n"))?,
+        (false, None) => {}
+        (true, Some(error)) => return Err(error),
+        (true, None) => return Ok(ExitCode::SUCCESS),
+    }
+    Ok(ExitCode::FAILURE)
 }
 
 fn powers(report: &Report) -> [(&'static str, &Finding); 3] {
@@ -82,26 +88,29 @@ fn powers(report: &Report) -> [(&'static str, &Finding); 3] {
     ]
 }
 
-/// What ran: route, storage, and whether subgroup operations were kept from it.
+/// What ran: route or product, storage, and whether subgroup operations were kept from it.
 fn variant(check: &Check) -> String {
     let [own, cached] = check.storage.map(DType::name);
     let storage = match own == cached {
         true => own.to_string(),
         false => format!("{own}, k and v {cached}"),
     };
-    let kernels = match check.kernels.is_empty() {
-        true => route_name(check.route).to_string(),
-        false => check.kernels[0].to_string(),
+    let (asked, in_f16) = match check.subject {
+        Subject::Attention {
+            route, f16_math, ..
+        } => (route_name(route), f16_math),
+        Subject::Product => ("matmul", false),
     };
-    let kernels = match kernels.as_str() {
-        "scores" | "block_map" => route_name(check.route),
-        name => name,
+    let kernels = match check.kernels.first() {
+        None | Some(&"scores" | &"block_map") => asked,
+        Some(name) => name,
     };
+    let math = if in_f16 { " multiplied in it" } else { "" };
     let without = match check.subgroups {
         true => "",
         false => " without subgroups",
     };
-    format!("{kernels} {storage}{without}")
+    format!("{kernels} {storage}{math}{without}")
 }
 
 /// A line a variant, a column a problem: green where it is right, with its worst error over what is allowed.
@@ -112,12 +121,25 @@ fn table(checks: &[Check]) -> String {
         false => text,
     };
     let mut text = format!("{:44}", "worst error, 1 is allowed");
-    for hard in Hard::ALL {
-        text += &format!("{:>9}", hard.name());
+    let problems: Vec<&str> = Hard::ALL
+        .map(Hard::name)
+        .into_iter()
+        .chain(["product"])
+        .collect();
+    for problem in &problems {
+        text += &format!("{problem:>9}");
     }
     text.push('\n');
     // The kernel that a problem is planned on may differ, so lines are by what was asked for.
-    let key = |check: &Check| (check.storage, check.route, check.subgroups, check.matrices);
+    let key = |check: &Check| {
+        let asked = match check.subject {
+            Subject::Attention {
+                route, f16_math, ..
+            } => Some((route, f16_math)),
+            Subject::Product => None,
+        };
+        (check.storage, asked, check.subgroups, check.matrices)
+    };
     let mut done = Vec::new();
     for first in checks {
         if done.contains(&key(first)) {
@@ -125,8 +147,9 @@ fn table(checks: &[Check]) -> String {
         }
         done.push(key(first));
         text += &format!("{:44}", variant(first));
-        for hard in Hard::ALL {
-            let of = |check: &&Check| key(check) == key(first) && check.hard == hard;
+        for problem in &problems {
+            let of =
+                |check: &&Check| key(check) == key(first) && check.subject.problem() == *problem;
             text += &match checks.iter().find(of).map(|check| &check.outcome) {
                 None => format!("{:>9}", "-"),
                 Some(Ok(worst)) => paint(32, format!("{worst:9.3}")),
@@ -151,9 +174,16 @@ fn json(report: &Report, device: Option<&str>) -> Result<serde_json::Value> {
             Ok(worst) => (Some(worst), None),
             Err(said) => (None, Some(said)),
         };
+        let (route, f16_math) = match check.subject {
+            Subject::Attention {
+                route, f16_math, ..
+            } => (Some(route_name(route)), f16_math),
+            Subject::Product => (None, false),
+        };
         serde_json::json!({
-            "problem": check.hard.name(),
-            "route": route_name(check.route),
+            "problem": check.subject.problem(),
+            "route": route,
+            "f16_math": f16_math,
             "kernels": check.kernels,
             "storage": check.storage[0].name(),
             "kv_storage": check.storage[1].name(),
@@ -172,5 +202,6 @@ fn json(report: &Report, device: Option<&str>) -> Result<serde_json::Value> {
         "verdict": { "subgroups": subgroups, "f16": f16, "matrices": matrices },
         "avoided": doctor::avoided(&report.claimed),
         "checks": checks,
+        "ended": report.ended.as_ref().map(Error::to_string),
     }))
 }

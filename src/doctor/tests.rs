@@ -89,24 +89,28 @@ const WRONG_MATRICES: [&str; 3] = [
     "wg_s[at + 3u]);",
 ];
 
+fn with_plain_matrices(gpu: &Gpu) -> Gpu {
+    let square = CoopShape {
+        m: 16,
+        n: 16,
+        k: 16,
+        ab: "f16".into(),
+        cr: "f32".into(),
+    };
+    gpu.narrowed(Caps {
+        cooperative: vec![square],
+        matrices: Matrices::Plain,
+        ..gpu.caps().clone()
+    })
+}
+
 #[test]
 fn matrices_are_used_only_once_they_are_known_to_be_right() {
     let gpu = gpu();
     if !gpu.caps().f16 || gpu.caps().subgroups.is_none() {
         return println!("this device has no such kernels");
     }
-    let square = |m| CoopShape {
-        m,
-        n: m,
-        k: m,
-        ab: "f16".into(),
-        cr: "f32".into(),
-    };
-    let gpu = gpu.narrowed(Caps {
-        cooperative: vec![square(16)],
-        matrices: Matrices::Plain,
-        ..gpu.caps().clone()
-    });
+    let gpu = with_plain_matrices(&gpu);
     let takes_matrices =
         |gpu: &Gpu| chosen(gpu, DType::F16).is_ok_and(|all| all.contains(&"prefill_coop"));
     assert!(takes_matrices(&gpu));
@@ -127,6 +131,121 @@ fn matrices_are_used_only_once_they_are_known_to_be_right() {
     assert!(!takes_matrices(&narrow));
     // The other powers are as they were.
     assert_eq!(narrow.caps(), &gpu.caps().without_matrices());
+}
+
+/// Weights and values that are multiplied wrongly in f16 alone.
+const WRONG_F16_MATH: [&str; 3] = [
+    "prefill",
+    "var sum_{{ i }} = p_{{ i }}.x * v_0;",
+    "var sum_{{ i }} = p_{{ i }}.x * v_1;",
+];
+
+#[test]
+fn wrong_products_in_f16_take_f16() {
+    let gpu = gpu();
+    if !gpu.caps().f16 {
+        return println!("this device has no such kernels");
+    }
+    let [kernel, from, to] = WRONG_F16_MATH;
+    let folder = tempfile::tempdir().unwrap();
+    let found = consult(&gpu.planted(kernel, from, to), Some(folder.path()));
+    assert_eq!(found.subgroups, Finding::Right);
+    let Finding::Wrong(said) = &found.f16 else {
+        panic!("{found:?}");
+    };
+    assert!(said.starts_with("Prefill in f16 of `"), "{said}");
+    assert!(!found.narrow(&gpu).caps().f16);
+}
+
+/// An element of X from the next lane.
+const WRONG_BROADCAST: [&str; 3] = [
+    "matmul",
+    r#"", " ~ e ~ "u)" if BY_LANES"#,
+    r#"", " ~ (e + 1) % 8 ~ "u)" if BY_LANES"#,
+];
+
+#[test]
+fn a_wrong_product_by_lanes_takes_subgroups() {
+    let gpu = gpu();
+    if !ops::passes_lanes(gpu.caps()) {
+        return println!("this device has no such kernels");
+    }
+    let [kernel, from, to] = WRONG_BROADCAST;
+    let folder = tempfile::tempdir().unwrap();
+    let found = consult(&gpu.planted(kernel, from, to), Some(folder.path()));
+    let Finding::Wrong(said) = &found.subgroups else {
+        panic!("{found:?}");
+    };
+    assert!(said.starts_with("a matrix product: row "), "{said}");
+}
+
+#[test]
+fn a_product_on_matrices_that_does_not_compile_takes_them() {
+    let gpu = gpu();
+    if !gpu.caps().f16 || gpu.caps().subgroups.is_none() {
+        return println!("this device has no such kernels");
+    }
+    let gpu = with_plain_matrices(&gpu);
+    let folder = tempfile::tempdir().unwrap();
+    let planted = gpu.planted("matmul_coop", "fn main(", "fn main((");
+    let found = consult(&planted, Some(folder.path()));
+    let Finding::Wrong(said) = &found.matrices else {
+        panic!("{found:?}");
+    };
+    assert!(said.starts_with("a matrix product: "), "{said}");
+    assert_eq!(found.f16, Finding::Right);
+
+    // The long form counts it among its checks.
+    let job = job(DType::F16, DType::F16, &[]);
+    let mut checks = Vec::new();
+    examine_job(&planted, &job, &mut |check| checks.push(check)).unwrap();
+    let right: Vec<bool> = checks.iter().map(|check| check.outcome.is_ok()).collect();
+    assert_eq!(right, [false, true]);
+    assert!(matches!(Verdict::of(&checks).matrices, Finding::Wrong(_)));
+}
+
+#[test]
+fn what_loses_its_device_is_blamed_alone_and_the_rest_goes_on() {
+    let open = || Gpu::open(None);
+    let first = open().expect("a device: see scripts/with-gpu");
+    // Jobs stand for their places here, and each runs what compiles soon.
+    let place = |job: &Job| JOBS.iter().position(|other| std::ptr::eq(other, job));
+    let (culprit, victim) = (2, 5);
+    let runs = AtomicUsize::new(0);
+    let run = |gpu: &Gpu, job: &Job, see: &mut dyn FnMut(Check)| {
+        let product = |gpu: &Gpu| Check::product(gpu, DType::F32);
+        see(product(gpu)?);
+        let at = place(job).expect("one of them");
+        // One loses it each time, another one's is taken along once.
+        if at == culprit || at == victim && runs.fetch_add(1, Ordering::Relaxed) == 0 {
+            gpu.lose();
+            see(product(gpu)?);
+            not_lost(gpu)?;
+        }
+        see(product(gpu)?);
+        Ok(())
+    };
+    let mut heard = 0;
+    let (checks, ended) = examine_jobs(&first, &open, &run, &mut |_| heard += 1);
+    assert!(ended.is_none(), "{ended:?}");
+    assert_eq!(runs.load(Ordering::Relaxed), 2);
+    assert_eq!(checks.len(), 2 * JOBS.len());
+    // What was to be made again was heard twice.
+    assert_eq!(heard, checks.len() + 4);
+    let wrong = |&at: &usize| checks[at].outcome.is_err();
+    let wrong: Vec<usize> = (0..checks.len()).filter(wrong).collect();
+    assert_eq!(wrong, [2 * culprit + 1]);
+    let said = checks[wrong[0]].outcome.as_ref().unwrap_err();
+    assert!(said.starts_with("the device was lost: "), "{said}");
+
+    // What was found is kept where no memory is left, and nothing else is begun.
+    let run = |gpu: &Gpu, _: &Job, see: &mut dyn FnMut(Check)| {
+        see(Check::product(gpu, DType::F32)?);
+        Err(Error::OutOfMemory("all of it".into()))
+    };
+    let (checks, ended) = examine_jobs(&open().unwrap(), &open, &run, &mut |_| {});
+    assert!((1..=DEVICES).contains(&checks.len()), "{}", checks.len());
+    assert!(matches!(ended, Some(Error::OutOfMemory(_))), "{ended:?}");
 }
 
 /// Names the file of attempts to a process that is to end.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Check;
+use super::{Check, Subject};
 use crate::attention::Route;
 use crate::gpu::{Caps, DType, Gpu, build, checksum, replace_file};
 
@@ -36,11 +36,10 @@ impl Finding {
             match &check.outcome {
                 Ok(_) => found = Finding::Right,
                 Err(said) => {
-                    let (hard, route) = (check.hard.name(), check.route);
                     // On one line, as it is remembered.
                     let said: Vec<&str> = said.split_whitespace().collect();
                     let said = said.join(" ");
-                    return Finding::Wrong(format!("{route:?} of `{hard}`: {said}"));
+                    return Finding::Wrong(format!("{}: {said}", check.subject));
                 }
             }
         }
@@ -73,7 +72,11 @@ impl Verdict {
     /// matrices are.
     pub(super) fn of(checks: &[Check]) -> Verdict {
         let is_f16 = |check: &Check| check.storage.contains(&DType::F16);
-        let lanes = |check: &Check| check.subgroups && check.route != Route::ThreePass;
+        let three_passes = |check: &Check| match check.subject {
+            Subject::Attention { route, .. } => route == Route::ThreePass,
+            Subject::Product => false,
+        };
+        let lanes = |check: &Check| check.subgroups && !three_passes(check);
         let subgroups = Finding::of(
             checks
                 .iter()
@@ -112,27 +115,33 @@ impl Verdict {
         left
     }
 
-    /// The device without the powers that are wrong, of which a warning tells, and with matrices that are right.
-    pub(super) fn narrow(&self, gpu: &Gpu) -> Gpu {
-        let caps = gpu.caps();
+    /// Tells of powers that are there and wrong.
+    pub(super) fn warn(&self, caps: &Caps) {
         for (power, there, finding) in [
-            ("subgroups", caps.subgroups.is_some(), &self.subgroups),
-            ("f16", caps.f16, &self.f16),
+            (
+                "kernels with subgroups",
+                caps.subgroups.is_some(),
+                &self.subgroups,
+            ),
+            ("kernels with f16", caps.f16, &self.f16),
             (
                 "cooperative matrices",
                 !caps.cooperative.is_empty(),
                 &self.matrices,
             ),
         ] {
-            if there && finding.is_wrong() {
+            if let (true, Finding::Wrong(said)) = (there, finding) {
                 tracing::warn!(
-                    power,
-                    device = caps.name,
-                    ?finding,
-                    "its kernels are wrong here and are not used; `qkv doctor` looks again"
+                    "{power} are not used on {}: {said}; `qkv doctor` looks again, and gives them back where all is right",
+                    caps.name
                 );
             }
         }
+    }
+
+    /// The device without the powers that are wrong, and with matrices that are right.
+    pub(super) fn narrow(&self, gpu: &Gpu) -> Gpu {
+        let caps = gpu.caps();
         let left = match self.matrices {
             Finding::Right => self.left(caps).with_matrices(),
             _ => self.left(caps).without_matrices(),

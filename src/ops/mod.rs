@@ -104,12 +104,17 @@ struct Tile {
     by_lanes: bool,
 }
 
+/// Whether lanes pass elements of X on by subgroup operations.
+pub(crate) fn passes_lanes(caps: &Caps) -> bool {
+    caps.software && caps.subgroups.is_some_and(|(least, _)| least >= 8)
+}
+
 impl Tile {
     /// Rows from which on there are threads enough without those of slices.
     const MANY_ROWS: u32 = 64;
 
     fn new(m: u32, caps: &Caps) -> Tile {
-        let by_lanes = caps.software && caps.subgroups.is_some_and(|(least, _)| least >= 8);
+        let by_lanes = passes_lanes(caps);
         let split = caps.software || m < Tile::MANY_ROWS;
         // On a processor without lanes that pass on, 8 rows leave too few registers.
         let most = if by_lanes || !split { 8 } else { 4 };
