@@ -12,6 +12,7 @@ mod picture;
 mod translate;
 mod tune;
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -54,7 +55,7 @@ enum Command {
     Bench(bench::Options),
     /// What got faster or slower between two runs of `qkv bench --json`
     Compare(compare::Options),
-    /// Run every kernel of the device on small hard problems beside an oracle; exit code 1 where one is wrong
+    /// Run the device's kernels on small hard problems beside an oracle; exit code 1 where one is wrong
     Doctor(doctor::Options),
 }
 
@@ -115,10 +116,11 @@ pub fn run() -> ExitCode {
     quiet_loader();
     let logging = tracing_subscriber::EnvFilter::builder()
         .with_env_var("QKV_LOG")
-        .with_default_directive(tracing_subscriber::filter::LevelFilter::OFF.into())
+        .with_default_directive("qkv=warn".parse().expect("a directive of ours"))
         .from_env_lossy();
     tracing_subscriber::fmt()
         .with_env_filter(logging)
+        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
