@@ -111,8 +111,10 @@ impl Tile {
     fn new(m: u32, caps: &Caps) -> Tile {
         let by_lanes = caps.software && caps.subgroups.is_some_and(|(least, _)| least >= 8);
         let split = caps.software || m < Tile::MANY_ROWS;
-        // On a processor without lanes that pass on, 8 rows leave too few registers.
-        let most = if by_lanes || !split { 8 } else { 4 };
+        // 8 rows leave too few registers on a processor without lanes that pass on, and on GPUs but those with
+        // subgroups of 32: Intel's spill, GCN's hide no latency.
+        let of_32 = caps.subgroups.is_some_and(|(least, _)| least == 32);
+        let most = if by_lanes || (!split && of_32) { 8 } else { 4 };
         Tile {
             rows: m.next_power_of_two().min(most),
             slices: if caps.software { 1 } else { 8 },

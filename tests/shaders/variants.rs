@@ -359,7 +359,7 @@ pub fn other_variants() -> Vec<Shader> {
         (&[1u32, 2, 4, 8][..], 1u32, true, true),
         (&[1, 2, 4], 1, true, false),
         (&[1, 2, 4], 8, true, false),
-        (&[8], 8, false, false),
+        (&[4, 8], 8, false, false),
     ] {
         let vectors = if by_lanes { &[1u32][..] } else { &VECTORS };
         for (&rows, &vec) in rows
