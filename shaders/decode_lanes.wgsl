@@ -35,7 +35,7 @@ var<workgroup> wg_q: array<vec4<f32>, {{ [ROWS * QUADS, 33] | max }}>;
 var<workgroup> wg_m: array<f32, {{ ROWS * (64 // LANES) }}>;
 var<workgroup> wg_l: array<f32, {{ ROWS * (64 // LANES) }}>;
 var<workgroup> wg_top: array<f32, ROWS>;
-var<workgroup> wg_over: array<f32, ROWS>;
+var<workgroup> wg_over: array<vec2<f32>, ROWS>;
 var<workgroup> wg_o: array<vec4<f32>, {{ ROWS * 64 }}>;
 
 @compute @workgroup_size(64)
@@ -189,7 +189,7 @@ fn main(
             let r = n / LANES;
             var sum = vec4<f32>();
             for (var t = 0u; t < TEAMS{{ ROLL }}; t += 1u) { sum += wg_o[r * 64u + t * LANES + n % LANES]; }
-            write_row(work, r, (n % LANES + c * LANES) * 4u, sum * wg_over[r]);
+            write_row(work, r, (n % LANES + c * LANES) * 4u, sum * wg_over[r].x * wg_over[r].y);
         }
     }
 }

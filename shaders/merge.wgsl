@@ -33,12 +33,12 @@ fn main(
     for (var s = 0u; s < P.splits; s += 1u) {
         let part = at + s * stride;
         let weight = exp2(parts[part + P.value_dim] - top);
-        l += weight * parts[part + P.value_dim + 1u];
+        l = fma(weight, parts[part + P.value_dim + 1u], l);
         var x = vec4<f32>();
 {% for e in range(4) %}
         if (d + {{ e }}u < P.value_dim) { x[{{ e }}] = parts[part + d + {{ e }}u]; }
 {% endfor %}
-        sum += weight * x;
+        sum = fma(vec4<f32>(weight), x, sum);
     }
     store_o(query_at(P.o_at, row.x, row.y, row.z), d, sum * select(0.0, 1.0 / max(l, 1.0e-37), l > 0.0));
 {% if HAS_LSE %}

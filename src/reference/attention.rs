@@ -243,6 +243,10 @@ fn attend_row(a: &Attention, answer: &mut AttentionOut, b: usize, h: usize, i: u
             continue;
         }
         if let Some(bias) = a.bias {
+            // A bias of -inf masks whatever the score is, NaN included.
+            if bias[cell] == f64::NEG_INFINITY {
+                continue;
+            }
             score += bias[cell];
         }
         if let Some(slopes) = a.alibi {

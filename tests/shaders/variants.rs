@@ -331,13 +331,14 @@ pub fn attention_variants() -> &'static HashSet<Shader> {
         .into_iter()
         .flat_map(|form| [(form, 1u32), (form, 4)])
         {
-            all.insert(
+            all.extend(BOTH.map(|ragged| {
                 Shader::new("combine")
                     .with("F16", dtype == "f16")
                     .with("O_TYPE", dtype)
                     .with("VEC", vec)
-                    .with("HAS_LSE", lse),
-            );
+                    .with("HAS_LSE", lse)
+                    .with("RAGGED", ragged)
+            }));
         }
         all
     })
