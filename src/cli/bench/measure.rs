@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use qkv::Result;
 use qkv::attention::{self, Options, Plan, Problem, Route, Tensors, View};
 use qkv::doctor::Tolerance;
-use qkv::gpu::{DType, Gpu, Limits, Recorder, Recording, Tensor};
+use qkv::gpu::{DType, Gpu, Recorder, Recording, Tensor};
 use qkv::reference::{self, Attention, Offset};
 
 use super::super::Floats;
 use super::super::attend::route_name;
 use super::peers::Peer;
-use super::report::{self, Entry, Refused, Spread, ratio};
+use super::report::{self, Entry, Limits, Refused, Spread, ratio};
 use super::shape::Shape;
 
 /// Multiply-adds that the oracle may take for a shape: a second or so.
@@ -339,6 +339,7 @@ impl<'g> Inputs<'g> {
             true => entry,
             false => Entry {
                 share: None,
+                limit_noisy: false,
                 ..entry
             },
         })
@@ -388,13 +389,9 @@ impl<'g> Inputs<'g> {
         // Clocks tell no more than nanoseconds.
         let times_ms: Vec<f64> = times.iter().map(|ms| (ms * 1e6).round() / 1e6).collect();
         let spread = Spread::of(&times_ms);
-        // What is stored in f16 may be multiplied in f32: the better of both is its limit.
-        let f16 = limits.f16.filter(|_| shape.f16).unwrap_or(limits.f32);
-        let most = limits.f32.flops.max(f16.flops);
-        let most_read = limits.f32.read.max(f16.read);
         let seconds = spread.median / 1e3;
         let (flops, read) = (shape.flop() / seconds, shape.kv_bytes() / seconds);
-        Entry {
+        let mut entry = Entry {
             shape,
             route: String::new(),
             plan: String::new(),
@@ -405,14 +402,14 @@ impl<'g> Inputs<'g> {
             host_ms: None,
             gflops: flops / 1e9,
             gb_s: read / 1e9,
-            share: Some(match shape.is_decode() {
-                true => read / most_read,
-                false => flops / most,
-            }),
+            share: None,
+            limit_noisy: false,
             error: 0.0,
             rows: 0,
             times_ms,
             peer: None,
-        }
+        };
+        limits.judge(&mut entry);
+        entry
     }
 }
