@@ -152,8 +152,11 @@ impl<'g> Inputs<'g> {
         let words = u32::try_from(plan.scratch.max(1)).unwrap_or(u32::MAX);
         let scratch = self.gpu.empty("scratch", DType::U32, &[words])?;
         let recording = self.record(&options, &scratch)?;
+        let recorded = started.elapsed();
+        self.poison()?;
+        let started = Instant::now();
         self.gpu.run(&recording)?;
-        let first = started.elapsed();
+        let first = recorded + started.elapsed();
         let verdict = self.verify()?;
         Ok(Way {
             chosen: plan.launches == own.launches,
@@ -170,6 +173,21 @@ impl<'g> Inputs<'g> {
         let mut recorder = Recorder::new(self.gpu);
         attention::record_in(&mut recorder, &self.views()?, options, scratch)?;
         recorder.finish()
+    }
+
+    /// Makes what is not written NaN, in every type, rather than another way's right answer.
+    fn poison(&self) -> Result<()> {
+        let out = &self.tensors[3];
+        let bytes = out.bytes() as usize / 4 * 4;
+        self.gpu.write(out, &vec![0xff; bytes])
+    }
+
+    /// Runs it once more on its own and verifies.
+    fn again(&self, recording: &Recording) -> Result<std::result::Result<(f64, usize), String>> {
+        self.poison()?;
+        self.gpu.run(recording)?;
+        let verdict = self.verify()?;
+        Ok(verdict.map_err(|said| format!("after it was timed: {said}")))
     }
 
     /// The worst error in units of the tolerance and the number of rows compared.
@@ -259,11 +277,12 @@ impl<'g> Inputs<'g> {
         judged
     }
 
-    /// Times all ways and peers in turn, `flush` before each run, for about so many seconds each. A peer that
-    /// fails is among what was not measured.
+    /// Times all ways and peers in turn, `flush` before each run, for about so many seconds each, and verifies the
+    /// ways again. One whose answer is then wrong has no entry, and its verdict says so. A peer that fails is among
+    /// what was not measured.
     pub fn time(
         &self,
-        ways: &[Way],
+        ways: &mut [Way],
         peers: &mut [Peer],
         flush: &Recording,
         limits: &Limits,
@@ -288,10 +307,14 @@ impl<'g> Inputs<'g> {
                 std::thread::sleep(SETTLE);
             }
         }
+        for way in ways.iter_mut() {
+            way.verdict = self.again(&way.recording)?;
+        }
         let base = ways.iter().position(|way| way.chosen).unwrap_or(0);
         let base = times.get(base).map_or(&[][..], Vec::as_slice);
         let mut entries = Vec::new();
-        for (way, own) in ways.iter().zip(&times) {
+        let right = ways.iter().zip(&times);
+        for (way, own) in right.filter(|(way, _)| way.verdict.is_ok()) {
             let alone = ways.len() + peers.len() == 1;
             entries.push(Entry {
                 ratio: ratio(own, base).filter(|_| !alone),
@@ -411,5 +434,40 @@ impl<'g> Inputs<'g> {
         };
         limits.judge(&mut entry);
         entry
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_writes_nothing_is_wrong_after_a_right_answer() {
+        let gpu = Gpu::new().expect("a device: see scripts/with-gpu");
+        let shape = "1,2,2,3,40,16".parse().unwrap();
+        let inputs = Inputs::new(&gpu, shape).unwrap();
+        let mut ways = vec![inputs.way(None).unwrap()];
+        assert!(ways[0].verdict.is_ok());
+        assert!(inputs.again(&ways[0].recording).unwrap().is_ok());
+        // The right answer is still there.
+        ways[0].recording = Recorder::new(&gpu).finish().unwrap();
+        assert!(inputs.verify().unwrap().is_ok());
+        let flush = Recorder::new(&gpu).finish().unwrap();
+        let rates = report::Rates {
+            gflops: 1.0,
+            read_gb_s: 1.0,
+            copy_gb_s: 1.0,
+            noise: [0.0; 3],
+        };
+        let limits = Limits {
+            f32: rates,
+            f16: None,
+        };
+        let (entries, _) = inputs
+            .time(&mut ways, &mut [], &flush, &limits, 0.0)
+            .unwrap();
+        assert!(entries.is_empty());
+        let said = ways[0].verdict.as_ref().unwrap_err();
+        assert!(said.contains("after it was timed: head 0"), "{said}");
     }
 }

@@ -202,8 +202,16 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
                 }
             }
         }
-        let (entries, failed) = inputs.time(&ways, &mut ready, &flush, &before, options.seconds)?;
+        let (entries, failed) =
+            inputs.time(&mut ways, &mut ready, &flush, &before, options.seconds)?;
         refused.extend(failed);
+        for way in &ways {
+            if let Err(said) = &way.verdict {
+                is_wrong = true;
+                let name = route_name(way.plan.route);
+                refused.push(not_measured(name, format!("WRONG: {said}")));
+            }
+        }
         for entry in &entries {
             bar.suspend(|| say(format_args!("{}\n", line(entry))))?;
         }
