@@ -41,6 +41,7 @@ fn a_bench_verifies_times_and_writes_its_files() {
         "1,4,2,1,300,16",
         "1,4,2,1,600,16",
         "1,2,2,40,40,16,causal",
+        "1,4,2,1,300,16",
         "--routes",
         "planned,all",
         "--seconds",
@@ -121,6 +122,34 @@ fn a_bench_verifies_times_and_writes_its_files() {
     assert_eq!(html.matches("</svg>").count(), 3);
     assert!(html.matches("1,2,2,40,40,16,causal").count() >= 3);
     assert!(!html.contains("NaN"));
+}
+
+#[test]
+fn what_the_plan_takes_is_timed_beside_forced_routes_that_are_not_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let report = folder.path().join("a.json");
+    stdout(&qkv(&[
+        "bench",
+        "1,4,2,1,4096,16",
+        "--routes",
+        "three-pass",
+        "--seconds",
+        "0",
+        "--json",
+        report.to_str().unwrap(),
+    ]));
+    let found = json(&report);
+    let entries = found["entries"].as_array().unwrap();
+    let [forced, chosen] = entries.as_slice() else {
+        panic!("{found:#}");
+    };
+    assert_eq!(
+        [&forced["chosen"], &chosen["chosen"]].map(Value::as_bool),
+        [Some(false), Some(true)]
+    );
+    assert_eq!(forced["candidate"], "three-pass");
+    let candidate = chosen["candidate"].as_str().unwrap();
+    assert!(candidate.starts_with("decode"), "{candidate}");
 }
 
 #[test]
@@ -363,6 +392,27 @@ fn compare_tells_what_changed_beyond_the_noise_of_both() {
     let folder = tempfile::tempdir().unwrap();
     let [a, b] = ["a.json", "b.json"].map(|name| folder.path().join(name));
     let [a_name, b_name] = [&a, &b].map(|path| path.to_str().unwrap());
+    // The plan of a route that changed is beside what it was; the same one first, if both are there.
+    let name = |path: &Path, names: [(&str, &str, bool); 2]| {
+        report(path, [[10.0, 0.0], [20.0, 0.0]]);
+        let mut found = json(path);
+        for (ix, (route, candidate, tuned)) in names.into_iter().enumerate() {
+            let entry = &mut found["entries"][ix];
+            entry["route"] = route.into();
+            entry["candidate"] = candidate.into();
+            entry["tuned"] = tuned.into();
+        }
+        std::fs::write(path, found.to_string()).unwrap();
+    };
+    name(&a, [("decode", "four", false), ("prefill", "x", false)]);
+    name(&b, [("decode", "eight", true), ("decode", "four", false)]);
+    let said = stdout(&qkv(&["compare", a_name, b_name]));
+    assert!(said.contains("2.000  slower\n"), "{said}");
+    assert!(said.contains(" 2 in one run only"), "{said}");
+    name(&b, [("decode", "eight", true), ("prefill", "x", false)]);
+    let said = stdout(&qkv(&["compare", a_name, b_name]));
+    assert!(said.contains("1.000  four before, eight after\n"), "{said}");
+    assert!(said.contains(" 0 in one run only"), "{said}");
     for (before, after, prefill, decode) in [
         // 10 and 20 % away, with noise of 4 % each.
         (

@@ -60,13 +60,8 @@ pub fn run(options: &Options) -> Result<()> {
         "B,H,Hk,Q,K,D", "route", "before, ms", "after, ms", "ratio"
     ))?;
     let mut counts = [0; 4];
-    let mut alone = 0;
-    for a in &before.entries {
-        let twin = |b: &&Entry| b.shape == a.shape && b.route == a.route;
-        let Some(b) = after.entries.iter().find(twin) else {
-            alone += 1;
-            continue;
-        };
+    let (pairs, alone) = before.pairs(&after);
+    for (a, b) in pairs {
         let (ix, word) = match change(a, b) {
             Change::Faster => (0, "faster"),
             Change::Slower => (1, "slower"),
@@ -76,14 +71,15 @@ pub fn run(options: &Options) -> Result<()> {
         counts[ix] += 1;
         let (shape, route) = (a.shape.to_string(), &a.route);
         let (x, y) = (a.ms.median, b.ms.median);
-        let line = format!("{shape:32}{route:12}{x:12.4}{y:12.4}{:8.3}  {word}", y / x);
+        let other = match a.candidate.is_empty() || a.candidate == b.candidate {
+            true => String::new(),
+            false => format!("; {} before, {} after", a.candidate, b.candidate),
+        };
+        let said = format!("{word}{other}");
+        let said = said.trim_start_matches("; ");
+        let line = format!("{shape:32}{route:12}{x:12.4}{y:12.4}{:8.3}  {said}", y / x);
         say(format_args!("{}\n", line.trim_end()))?;
     }
-    let found = |b: &&Entry| {
-        let mut all = before.entries.iter();
-        all.any(|a| b.shape == a.shape && b.route == a.route)
-    };
-    alone += after.entries.len() - after.entries.iter().filter(found).count();
     let [faster, slower, same, noisy] = counts;
     say(format_args!(
         "\n{faster} faster, {slower} slower, {same} the same within noise, {noisy} too noisy, {alone} in one run only\n"

@@ -310,8 +310,11 @@ impl<'g> Inputs<'g> {
         for way in ways.iter_mut() {
             way.verdict = self.again(&way.recording)?;
         }
-        let base = ways.iter().position(|way| way.chosen).unwrap_or(0);
-        let base = times.get(base).map_or(&[][..], Vec::as_slice);
+        // Without the plan's own choice, or where it is wrong, there is nothing to hold the others against.
+        let base = ways
+            .iter()
+            .position(|way| way.chosen && way.verdict.is_ok());
+        let base = base.map_or(&[][..], |ix| times[ix].as_slice());
         let mut entries = Vec::new();
         let right = ways.iter().zip(&times);
         for (way, own) in right.filter(|(way, _)| way.verdict.is_ok()) {
@@ -394,9 +397,12 @@ impl<'g> Inputs<'g> {
             1 => String::new(),
             n => format!(", {n} parts of {} keys", plan.split_len),
         };
+        let tuned = if plan.tuned { ", tuned" } else { "" };
         Entry {
             route: route_name(plan.route).into(),
-            plan: format!("{}{splits}", kernels.join(" + ")),
+            plan: format!("{}{splits}{tuned}", kernels.join(" + ")),
+            candidate: plan.candidate.to_string(),
+            tuned: plan.tuned,
             chosen: way.chosen,
             first_ms: way.first.as_secs_f64() * 1e3,
             host_ms: Some(Spread::of(host).median),
@@ -418,6 +424,8 @@ impl<'g> Inputs<'g> {
             shape,
             route: String::new(),
             plan: String::new(),
+            candidate: String::new(),
+            tuned: false,
             chosen: false,
             ratio: None,
             first_ms: 0.0,

@@ -32,7 +32,8 @@ pub struct Options {
     /// Shapes of ours, in f32 and f16
     #[arg(long, value_enum, value_delimiter = ',')]
     suite: Vec<Suite>,
-    /// The ways to compute them; the plan's own choice if not given, for the suite `lengths` all
+    /// The ways to compute them, and beside them the plan's own choice; that alone if not given, for the suite
+    /// `lengths` all
     #[arg(long, value_enum, value_delimiter = ',')]
     routes: Vec<RouteName>,
     /// Other programs in turn with ours; if none is named, ort and torch
@@ -111,11 +112,23 @@ impl Options {
                 routes
             }),
         };
-        let mut work: Vec<_> = self
-            .shapes
-            .iter()
-            .map(|&shape| (shape, planned.clone()))
-            .collect();
+        // A shape that is named twice, or in a suite too, is measured once, on all of its routes.
+        let mut work: Vec<(Shape, Vec<Option<Route>>)> = Vec::new();
+        let mut add = |shape: Shape, routes: &[Option<Route>]| {
+            let at = work.iter().position(|(known, _)| *known == shape);
+            let at = at.unwrap_or_else(|| {
+                work.push((shape, Vec::new()));
+                work.len() - 1
+            });
+            for route in routes {
+                if !work[at].1.contains(route) {
+                    work[at].1.push(*route);
+                }
+            }
+        };
+        for &shape in &self.shapes {
+            add(shape, &planned);
+        }
         let suites = match (self.suite.as_slice(), self.shapes.as_slice()) {
             ([], []) => &[Suite::Prefill, Suite::Decode],
             (suites, _) => suites,
@@ -126,7 +139,7 @@ impl Options {
                 _ => &planned,
             };
             for shape in suite.shapes(has_f16) {
-                work.push((shape, routes.clone()));
+                add(shape, routes);
             }
         }
         work
@@ -170,7 +183,8 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
             route: route.into(),
             why,
         };
-        for route in routes {
+        let mut routes = std::collections::VecDeque::from(routes);
+        while let Some(route) = routes.pop_front() {
             let name = route.map_or("planned", route_name);
             match inputs.way(route) {
                 Ok(way) => match &way.verdict {
@@ -184,6 +198,11 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
                     refused.push(not_measured(name, error.to_string()));
                 }
                 Err(error) => return Err(error),
+            }
+            // What the plan takes, which the others are held against, may be none of them once it is tuned.
+            let is_last = routes.is_empty() && route.is_some();
+            if is_last && !ways.is_empty() && !ways.iter().any(|way| way.chosen) {
+                routes.push_back(None);
             }
         }
         // The plan's choice may be one of the routes that were asked for.

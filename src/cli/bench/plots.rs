@@ -226,7 +226,9 @@ pub fn lengths(report: &Report) -> Result<Vec<Plot>> {
                     .iter()
                     .filter(|e| e.route == route && e.shape.f16 == f16)
                     .collect();
-                line.sort_by_key(|entry| entry.shape.k_len);
+                // What a plan tuned, where it is on the route too.
+                line.sort_by_key(|entry| (entry.shape.k_len, !entry.chosen));
+                line.dedup_by_key(|entry| entry.shape.k_len);
                 let at = |entry: &Entry, ms| (f64::from(entry.shape.k_len), ms);
                 let clear = || line.iter().filter(|entry| entry.counts());
                 let points: Vec<(f64, f64)> = clear().map(|e| at(e, e.ms.median)).collect();

@@ -123,7 +123,13 @@ pub struct Entry {
     pub route: String,
     /// The kernels, and the parts of the key axis; of a peer, what it says of itself.
     pub plan: String,
-    /// Whether the plan takes this route of its own accord.
+    /// The kernel and its sizes, as the tuner names them; of a peer, and in reports of old, nothing.
+    #[serde(default)]
+    pub candidate: String,
+    /// Whether a measurement on the device chose it.
+    #[serde(default)]
+    pub tuned: bool,
+    /// Whether the plan takes it of its own accord.
     pub chosen: bool,
     /// Its time over the chosen route's, by runs that followed each other; none where that is noisy, or the
     /// answer wrong.
@@ -249,6 +255,31 @@ pub fn ratio(own: &[f64], base: &[f64]) -> Option<f64> {
 }
 
 impl Report {
+    /// The entries of two runs that are of the same: shape, route and candidate, and who chose it; of what is left,
+    /// shape and route, so that a plan that changed is beside what it was. Then how
+    /// many are in one run only.
+    pub fn pairs<'a>(&'a self, after: &'a Report) -> (Vec<(&'a Entry, &'a Entry)>, usize) {
+        let mut left: Vec<&Entry> = after.entries.iter().collect();
+        let mut twins = vec![None; self.entries.len()];
+        let is_like = |a: &Entry, b: &Entry| a.shape == b.shape && a.route == b.route;
+        let is_same = |a: &Entry, b: &Entry| {
+            is_like(a, b) && a.candidate == b.candidate && a.tuned == b.tuned
+        };
+        let passes: [&dyn Fn(&Entry, &Entry) -> bool; 2] = [&is_same, &is_like];
+        for fits in passes {
+            for (a, twin) in self.entries.iter().zip(&mut twins) {
+                if twin.is_none() {
+                    let at = left.iter().position(|b| fits(a, b));
+                    *twin = at.map(|at| left.remove(at));
+                }
+            }
+        }
+        let both = self.entries.iter().zip(twins);
+        let pairs: Vec<_> = both.filter_map(|(a, b)| b.map(|b| (a, b))).collect();
+        let alone = self.entries.len() - pairs.len() + left.len();
+        (pairs, alone)
+    }
+
     pub fn load(path: &Path) -> Result<Report> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
         let mut report: Report = serde_json::from_str(&text)
