@@ -74,9 +74,9 @@ fn a_bench_verifies_times_and_writes_its_files() {
             times.sort_by(f64::total_cmp);
             assert_eq!(times.len(), 5);
             assert_eq!(entry["ms"]["median"], times[2]);
-            // 4 B H Q K D, halved where causal.
+            // 4 B H D for each pair of a query and a key that it sees.
             let flop = match entry["shape"]["k_len"].as_u64().unwrap() {
-                40 => 2 * 2 * 40 * 40 * 16,
+                40 => 4 * 2 * (40 * 41 / 2) * 16,
                 keys => 4 * 4 * keys * 16,
             };
             let rate = flop as f64 / times[2] / 1e6;
