@@ -413,6 +413,36 @@ fn compare_tells_what_changed_beyond_the_noise_of_both() {
     let said = stdout(&qkv(&["compare", a_name, b_name]));
     assert!(said.contains("1.000  four before, eight after\n"), "{said}");
     assert!(said.contains(" 0 in one run only"), "{said}");
+    // What is wrong is neither faster nor slower, nor is what other clocks say.
+    let figures = [[10.0, 0.0], [10.0, 0.0]];
+    report(&a, figures);
+    report(&b, [[20.0, 0.0], [5.0, 0.0]]);
+    let [before, mut after] = [&a, &b].map(|path| json(path));
+    after["entries"][0]["peer"] = serde_json::json!({ "about": {}, "timestamps": true,
+        "max_error": 1.0, "rms_error": 1.0, "right": false });
+    after["device"]["max_binding"] = 2.into();
+    after["device"]["driver"] = "some".into();
+    std::fs::write(&b, after.to_string()).unwrap();
+    let said = stdout(&qkv(&["compare", a_name, b_name]));
+    assert!(said.contains("2.000  an answer is WRONG\n"), "{said}");
+    assert!(said.contains("0.500  faster\n"), "{said}");
+    assert!(
+        said.contains("1 faster, 0 slower, 0 the same within noise, 0 too noisy, 1 wrong, 0 by other clocks, 0 in one"),
+        "{said}"
+    );
+    for line in [
+        "not the same device:\n",
+        "  driver: \"none\" before, \"some\" after\n",
+        "  max_binding: 1 before, 2 after\n",
+    ] {
+        assert!(said.contains(line), "{said}");
+    }
+    after["device"] = before["device"].clone();
+    after["device"]["timestamps"] = false.into();
+    std::fs::write(&b, after.to_string()).unwrap();
+    let said = stdout(&qkv(&["compare", a_name, b_name]));
+    assert!(said.contains("0.500  not by the same clock\n"), "{said}");
+    assert!(said.contains("0 faster, 0 slower"), "{said}");
     for (before, after, prefill, decode) in [
         // 10 and 20 % away, with noise of 4 % each.
         (

@@ -292,6 +292,12 @@ impl Report {
         Ok(report)
     }
 
+    /// Whether an entry's times are by the device's own clock.
+    pub fn is_on_devices_clock(&self, entry: &Entry) -> bool {
+        let of_peer = entry.peer.as_ref().map(|peer| peer.timestamps);
+        of_peer.unwrap_or(self.device.timestamps)
+    }
+
     /// Every entry's share of the limits as they are known now.
     pub fn judge(&mut self) {
         let entries = self.entries.iter_mut();
