@@ -278,6 +278,12 @@ echo "{\"clock\": \"host\", \"times_ms\": [$times${SPOILT}]}"
         assert_eq!(torch["times_ms"].as_array().unwrap().len(), 5);
         assert_eq!(torch["peer"]["about"]["version"], "1.2");
         assert_eq!(torch["peer"]["timestamps"], false);
+        // Ours by that clock too, which the ratio is to.
+        let ours = torch["peer"]["ours_waited_ms"].as_f64().unwrap();
+        assert!(ours > 0.0 && ours < 1e4, "{torch:#}");
+        if let Some(ratio) = torch["ratio"].as_f64() {
+            assert!((ratio * ours / 2.5 - 1.0).abs() < 0.2, "{torch:#}");
+        }
         assert_eq!(ort["peer"]["right"], false);
         assert!(ort["error"].as_f64().unwrap() > 100.0);
         // What is wrong is compared with nothing.

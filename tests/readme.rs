@@ -165,7 +165,8 @@ fn table() -> String {
     let noisy = percent(NOISY);
     format!(
         "{}\nTimes are medians; with ± where more than {noisy} of one lie between the quartiles, and it means little. A peer's \
-         is in\nms too, then how many times ours, by runs that followed each other.\n",
+         is in\nms too, then how many times ours, by runs that followed each other and by one clock: ours by the host's too, for \
+         what goes by that.\n",
         sections.collect::<Vec<_>>().join("\n")
     )
 }

@@ -289,6 +289,9 @@ impl<'g> Inputs<'g> {
         seconds: f64,
     ) -> Result<(Vec<Entry>, Vec<Refused>)> {
         let mut times = vec![Vec::new(); ways.len()];
+        // The plan's own choice once more in each round by the host's clock, which peers without the device's go by.
+        let base = ways.iter().position(|way| way.chosen);
+        let mut waited = Vec::new();
         let started = Instant::now();
         let enough = seconds * (ways.len() + peers.len()) as f64;
         for round in 0..ROUNDS[1] {
@@ -298,6 +301,12 @@ impl<'g> Inputs<'g> {
             for (way, times) in ways.iter().zip(&mut times) {
                 self.gpu.run(flush)?;
                 times.push(self.gpu.time(&way.recording)?.as_secs_f64() * 1e3);
+            }
+            if let Some(ix) = base.filter(|_| !peers.is_empty()) {
+                self.gpu.run(flush)?;
+                let started = Instant::now();
+                self.gpu.run(&ways[ix].recording)?;
+                waited.push(started.elapsed().as_secs_f64() * 1e3);
             }
             for peer in peers.iter_mut() {
                 self.gpu.run(flush)?;
@@ -311,10 +320,8 @@ impl<'g> Inputs<'g> {
             way.verdict = self.again(&way.recording)?;
         }
         // Without the plan's own choice, or where it is wrong, there is nothing to hold the others against.
-        let base = ways
-            .iter()
-            .position(|way| way.chosen && way.verdict.is_ok());
-        let base = base.map_or(&[][..], |ix| times[ix].as_slice());
+        let base = base.filter(|&ix| ways[ix].verdict.is_ok());
+        let (base, waited) = base.map_or((&[][..], &[][..]), |ix| (&times[ix], &waited));
         let mut entries = Vec::new();
         let right = ways.iter().zip(&times);
         for (way, own) in right.filter(|(way, _)| way.verdict.is_ok()) {
@@ -327,10 +334,18 @@ impl<'g> Inputs<'g> {
         let mut refused = Vec::new();
         for peer in peers {
             match self.peer_entry(peer, limits) {
-                Ok(entry) => entries.push(Entry {
-                    ratio: ratio(&entry.times_ms, base).filter(|_| entry.is_right()),
-                    ..entry
-                }),
+                Ok(mut entry) => {
+                    let base = match &mut entry.peer {
+                        Some(about) if !about.timestamps && !waited.is_empty() => {
+                            about.ours_waited_ms = Some(Spread::of(waited).median);
+                            entry.plan = about.to_string();
+                            waited
+                        }
+                        _ => base,
+                    };
+                    entry.ratio = ratio(&entry.times_ms, base).filter(|_| entry.is_right());
+                    entries.push(entry);
+                }
                 Err(why) => refused.push(Refused {
                     shape: self.shape,
                     route: peer.name.word().into(),
@@ -348,6 +363,7 @@ impl<'g> Inputs<'g> {
         let about = report::Peer {
             about: peer.about.clone(),
             timestamps: timed.timestamps,
+            ours_waited_ms: None,
             max_error: judged.max_of_rms,
             rms_error: judged.rms_of_rms,
             right: judged.max_of_rms <= RIGHT[usize::from(self.shape.f16)],

@@ -131,8 +131,8 @@ pub struct Entry {
     pub tuned: bool,
     /// Whether the plan takes it of its own accord.
     pub chosen: bool,
-    /// Its time over the chosen route's, by runs that followed each other; none where that is noisy, or the
-    /// answer wrong.
+    /// Its time over the chosen route's, by the same clock and by runs that followed each other; none where that is
+    /// noisy, or the answer wrong.
     pub ratio: Option<f64>,
     /// The first run: planned, compiled, run.
     pub first_ms: f64,
@@ -163,6 +163,10 @@ pub struct Peer {
     pub about: BTreeMap<String, String>,
     /// Whether its times are by the device's own clock; else by the host's, waiting included.
     pub timestamps: bool,
+    /// Where it goes by the host's clock, the median of what the chosen route takes by that clock in the same rounds,
+    /// which its ratio is to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ours_waited_ms: Option<f64>,
     /// Its largest error and the root mean square of all, as parts of the exact answer's root mean square.
     pub max_error: f64,
     pub rms_error: f64,
@@ -178,7 +182,11 @@ impl fmt::Display for Peer {
             write!(f, "{text}, ")?;
         }
         let clock = if self.timestamps { "device" } else { "host" };
-        write!(f, "by the {clock}'s clock")
+        write!(f, "by the {clock}'s clock")?;
+        match self.ours_waited_ms {
+            Some(ms) => write!(f, ", ours {ms:.3} ms by that"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -284,9 +292,16 @@ impl Report {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
         let mut report: Report = serde_json::from_str(&text)
             .map_err(|e| Error::file(path, format_args!("no report of `qkv bench --json`: {e}")))?;
-        // Reports of old count a causal shape's work as half of all pairs.
+        // Reports of old count a causal shape's work as half of all pairs, and hold the host's clock against the
+        // device's.
         for entry in &mut report.entries {
             entry.gflops = entry.shape.flop() / entry.ms.median / 1e6;
+            let peer = entry.peer.as_ref();
+            if peer.is_some_and(|peer| {
+                peer.timestamps != report.device.timestamps && peer.ours_waited_ms.is_none()
+            }) {
+                entry.ratio = None;
+            }
         }
         report.judge();
         Ok(report)
