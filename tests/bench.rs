@@ -158,6 +158,8 @@ fn what_a_route_cannot_do_is_said_and_the_rest_is_measured() {
     let report = folder.path().join("a.json");
     let said = stdout(&qkv(&[
         "bench",
+        // 16 GB, and as many on the host, which are not asked for.
+        "1,1,1,7000000,1,576",
         // More than 2^32 scores, which no kernel counts.
         "1,1,1,70000,70000,1",
         "1,1,1,1,64,4",
@@ -170,8 +172,11 @@ fn what_a_route_cannot_do_is_said_and_the_rest_is_measured() {
     ]));
     assert!(said.contains("in 32 bits"), "{said}");
     let found = json(&report);
-    assert_eq!(found["refused"][0]["route"], "three-pass");
-    assert_eq!(found["refused"][0]["shape"]["q_len"], 70000);
+    assert_eq!(found["refused"][0]["route"], "all");
+    let why = found["refused"][0]["why"].as_str().unwrap();
+    assert!(why.starts_with("q is 16128000000 bytes "), "{why}");
+    assert_eq!(found["refused"][1]["route"], "three-pass");
+    assert_eq!(found["refused"][1]["shape"]["q_len"], 70000);
     assert_eq!(found["entries"][0]["shape"]["k_len"], 64);
 }
 

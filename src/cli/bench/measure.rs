@@ -3,11 +3,11 @@
 use std::cell::OnceCell;
 use std::time::{Duration, Instant};
 
-use qkv::Result;
 use qkv::attention::{self, Options, Plan, Problem, Route, Tensors, View};
 use qkv::doctor::Tolerance;
 use qkv::gpu::{DType, Gpu, Recorder, Recording, Tensor};
 use qkv::reference::{self, Attention, Offset};
+use qkv::{Error, Result};
 
 use super::super::Floats;
 use super::super::attend::route_name;
@@ -86,8 +86,34 @@ fn noise(seed: u64, n: usize, dtype: DType) -> Vec<f32> {
         .collect()
 }
 
+/// Refuses what the device has no room for, before the host makes room for it: a tensor in one buffer, and in one
+/// binding its part of one KV head, which launches are not cut below.
+fn fits(gpu: &Gpu, shape: &Shape) -> Result<()> {
+    let group = shape.heads / shape.kv_heads;
+    for (name, rows) in [("q", [group, shape.q_len]), ("k", [1, shape.k_len])] {
+        let head = [rows[0], rows[1], shape.dim, shape.dtype().size() as u32];
+        let head: u64 = head.map(u64::from).iter().product();
+        let all = u64::from(shape.batch) * u64::from(shape.kv_heads) * head;
+        let caps = gpu.caps();
+        for (what, bytes, most) in [
+            ("in one buffer", all, caps.max_buffer),
+            ("of one KV head in one binding", head, caps.max_binding),
+        ] {
+            if bytes > most {
+                return Err(Error::refused(
+                    name,
+                    format_args!("{bytes} bytes {what}"),
+                    format!("this device allows {most}"),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 impl<'g> Inputs<'g> {
     pub fn new(gpu: &'g Gpu, shape: Shape) -> Result<Self> {
+        fits(gpu, &shape)?;
         let queries = [shape.batch, shape.heads, shape.q_len, shape.dim];
         let keys = [shape.batch, shape.kv_heads, shape.k_len, shape.dim];
         let extents = [queries, keys, keys];

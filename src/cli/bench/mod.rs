@@ -175,14 +175,25 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
     let mut is_wrong = false;
     for (shape, routes) in work {
         bar.set_message(shape.to_string());
-        let inputs = Inputs::new(&gpu, shape)?;
-        let mut ways = Vec::new();
-        let mut refused = Vec::new();
         let not_measured = |route: &str, why: String| Refused {
             shape,
             route: route.into(),
             why,
         };
+        let inputs = match Inputs::new(&gpu, shape) {
+            Ok(inputs) => inputs,
+            Err(error @ (Error::Refused { .. } | Error::OutOfMemory(_))) => {
+                let one = not_measured("all", error.to_string());
+                bar.suspend(|| say(format_args!("{}", refusal(&one))))?;
+                report.refused.push(one);
+                save_report(options, &report)?;
+                bar.inc(1);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let mut ways = Vec::new();
+        let mut refused = Vec::new();
         let mut routes = std::collections::VecDeque::from(routes);
         while let Some(route) = routes.pop_front() {
             let name = route.map_or("planned", route_name);
@@ -235,8 +246,7 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
             bar.suspend(|| say(format_args!("{}\n", line(entry))))?;
         }
         for one in &refused {
-            let (shape, route, why) = (one.shape.to_string(), &one.route, &one.why);
-            bar.suspend(|| say(format_args!("{shape:33}{route:12}{why}\n")))?;
+            bar.suspend(|| say(format_args!("{}", refusal(one))))?;
         }
         report.entries.extend(entries);
         report.refused.extend(refused);
@@ -396,6 +406,11 @@ fn line_rate(entry: &Entry) -> String {
         true => format!("{:.2} GB/s", entry.gb_s),
         false => flops(entry.gflops),
     }
+}
+
+fn refusal(one: &Refused) -> String {
+    let (shape, route, why) = (one.shape.to_string(), &one.route, &one.why);
+    format!("{shape:33}{route:12}{why}\n")
 }
 
 /// The figures of an entry; no rate where it is too noisy for one.
