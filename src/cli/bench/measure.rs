@@ -348,16 +348,22 @@ impl<'g> Inputs<'g> {
         // Without the plan's own choice, or where it is wrong, there is nothing to hold the others against.
         let base = base.filter(|&ix| ways[ix].verdict.is_ok());
         let (base, waited) = base.map_or((&[][..], &[][..]), |ix| (&times[ix], &waited));
-        let mut entries = Vec::new();
+        let (mut entries, mut refused) = (Vec::new(), Vec::new());
         let right = ways.iter().zip(&times);
         for (way, own) in right.filter(|(way, _)| way.verdict.is_ok()) {
             let alone = ways.len() + peers.len() == 1;
-            entries.push(Entry {
-                ratio: ratio(own, base).filter(|_| !alone),
-                ..self.entry(way, own, &self.host(way)?, limits)
-            });
+            match self.entry(way, own, &self.host(way)?, limits) {
+                Ok(entry) => entries.push(Entry {
+                    ratio: ratio(own, base).filter(|_| !alone),
+                    ..entry
+                }),
+                Err(why) => refused.push(Refused {
+                    shape: self.shape,
+                    route: route_name(way.plan.route).into(),
+                    why,
+                }),
+            }
         }
-        let mut refused = Vec::new();
         for peer in peers {
             match self.peer_entry(peer, limits) {
                 Ok(mut entry) => {
@@ -401,7 +407,7 @@ impl<'g> Inputs<'g> {
             first_ms: peer.first_ms,
             error: judged.worst,
             rows: judged.rows,
-            ..self.figures(&timed.times_ms, limits)
+            ..self.figures(&timed.times_ms, limits)?
         };
         Ok(match peer.name.is_on_device() {
             true => entry,
@@ -430,7 +436,13 @@ impl<'g> Inputs<'g> {
         Ok(times)
     }
 
-    fn entry(&self, way: &Way, times: &[f64], host: &[f64], limits: &Limits) -> Entry {
+    fn entry(
+        &self,
+        way: &Way,
+        times: &[f64],
+        host: &[f64],
+        limits: &Limits,
+    ) -> std::result::Result<Entry, String> {
         let (error, rows) = way.verdict.clone().unwrap_or((f64::INFINITY, 0));
         let plan = &way.plan;
         let mut kernels: Vec<&str> = plan.launches.iter().map(|one| one.shader.kernel).collect();
@@ -440,7 +452,7 @@ impl<'g> Inputs<'g> {
             n => format!(", {n} parts of {} keys", plan.split_len),
         };
         let tuned = if plan.tuned { ", tuned" } else { "" };
-        Entry {
+        Ok(Entry {
             route: route_name(plan.route).into(),
             plan: format!("{}{splits}{tuned}", kernels.join(" + ")),
             candidate: plan.candidate.to_string(),
@@ -450,16 +462,20 @@ impl<'g> Inputs<'g> {
             host_ms: Some(Spread::of(host).median),
             error,
             rows,
-            ..self.figures(times, limits)
-        }
+            ..self.figures(times, limits)?
+        })
     }
 
-    /// What follows from the times alone.
-    fn figures(&self, times: &[f64], limits: &Limits) -> Entry {
+    /// What follows from the times alone; or why nothing does.
+    fn figures(&self, times: &[f64], limits: &Limits) -> std::result::Result<Entry, String> {
         let shape = self.shape;
         // Clocks tell no more than nanoseconds.
         let times_ms: Vec<f64> = times.iter().map(|ms| (ms * 1e6).round() / 1e6).collect();
         let spread = Spread::of(&times_ms);
+        // It has no rate: an infinite one is no number of JSON's.
+        if spread.median <= 0.0 {
+            return Err("the clock is too coarse for it: half of its times are 0".into());
+        }
         let seconds = spread.median / 1e3;
         let (flops, read) = (shape.flop() / seconds, shape.kv_bytes() / seconds);
         let mut entry = Entry {
@@ -483,7 +499,7 @@ impl<'g> Inputs<'g> {
             peer: None,
         };
         limits.judge(&mut entry);
-        entry
+        Ok(entry)
     }
 }
 
@@ -519,5 +535,9 @@ mod tests {
         assert!(entries.is_empty());
         let said = ways[0].verdict.as_ref().unwrap_err();
         assert!(said.contains("after it was timed: head 0"), "{said}");
+        // Nor has what no clock sees an entry, with rates without end.
+        let why = inputs.figures(&[0.0, 0.0, 0.0, 1.0], &limits).err();
+        assert!(why.is_some_and(|why| why.contains("too coarse")));
+        assert!(inputs.figures(&[1.0; 4], &limits).is_ok());
     }
 }
