@@ -378,6 +378,62 @@ echo "{\"clock\": \"host\", \"times_ms\": [$times${SPOILT}]}"
     }
 }
 
+/// A reader that goes away, as `head` does, takes neither the files nor the exit code with it.
+#[test]
+fn what_nobody_reads_any_more_still_has_its_files_and_exit_code() {
+    use std::process::Stdio;
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("a.html");
+    let run = |shape: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qkv"));
+        command.args(["bench", shape, "--seconds", "0", "--html"]);
+        let piped = command.arg(&page).stdout(Stdio::piped());
+        let mut child = piped.stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        child.wait_with_output().unwrap()
+    };
+    let output = run("1,1,1,1,64,4");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(
+        std::fs::read_to_string(&page)
+            .unwrap()
+            .contains("1,1,1,1,64,4")
+    );
+    // Here it has not said a word yet, and cannot write the page.
+    std::fs::remove_file(&page).unwrap();
+    std::fs::create_dir(&page).unwrap();
+    refuses(&run("1,1,1,1,64,4"), &["a.html"]);
+}
+
+#[test]
+fn options_that_a_command_would_not_heed_are_refused() {
+    for (command, option, words) in [
+        (
+            &["compare", "a", "b"][..],
+            &["--device", "0"][..],
+            "--device is 0: not with `qkv compare`",
+        ),
+        (
+            &["compare", "a", "b"],
+            &["--no-tune"],
+            "--no-tune is given: not with `qkv compare`",
+        ),
+        (
+            &["devices"],
+            &["--no-tune"],
+            "--no-tune is given: not with `qkv devices`",
+        ),
+        (
+            &["doctor"],
+            &["--no-tune"],
+            "--no-tune is given: not with `qkv doctor`",
+        ),
+    ] {
+        refuses(&qkv(&[command, option].concat()), &[words]);
+    }
+}
+
 /// A report of one shape on two routes: medians and the distance between quartiles, in ms.
 fn report(path: &Path, figures: [[f64; 2]; 2]) {
     let entry = |route: &str, [median, wide]: [f64; 2]| {
