@@ -7,7 +7,7 @@
 //! everything to the table.
 //!
 //! Candidates are data ([`Candidate`]). Each is run once, held against the f64 oracle in some rows and
-//! against the others everywhere, and only then timed: on the device's clock where it has one, in turns, by
+//! against the others everywhere, the oracle once more where they differ, and only then timed: on the device's clock where it has one, in turns, by
 //! the median of several; losers are dropped after few. First the kernels, then the best one's splits.
 
 mod job;
@@ -203,6 +203,14 @@ impl<'a> Contest<'a> {
                 seconds: Vec::new(),
             }),
             Err(why) => self.reject(candidate, why),
+        }
+        while self.job.take_doubt() {
+            for entry in std::mem::take(&mut self.entries) {
+                match self.job.check(&entry.recording)? {
+                    Ok(()) => self.entries.push(entry),
+                    Err(why) => self.reject(entry.candidate, why),
+                }
+            }
         }
         Ok(())
     }
