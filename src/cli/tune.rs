@@ -53,6 +53,10 @@ fn text(shape: &Shape, tuned: &Tuned, all: bool) -> String {
     if !all {
         return text;
     }
+    let [measured, heads] = tuned.heads;
+    if measured < heads {
+        text += &format!("    on {measured}/{heads} of its heads:\n");
+    }
     for (candidate, time) in &tuned.ranking {
         let ms = time.as_secs_f64() * 1e3;
         let table = match *candidate == tuned.table {
