@@ -131,9 +131,8 @@ impl std::fmt::Display for Tuned {
             write!(f, "; {:.3} ms", ms(time))?;
         }
         let mut others = self.ranking.iter();
-        match others.find(|(candidate, _)| *candidate != self.chosen) {
-            Some((other, time)) => write!(f, ", and {:.3} ms by {other}", ms(time))?,
-            None => {}
+        if let Some((other, time)) = others.find(|(candidate, _)| *candidate != self.chosen) {
+            write!(f, ", and {:.3} ms by {other}", ms(time))?;
         }
         let [measured, all] = self.heads;
         match measured == all || self.ranking.is_empty() {

@@ -356,10 +356,11 @@ fn limit_line(rates: &Rates) -> String {
 fn shares(report: &Report) -> String {
     let limits = limit_lines(&report.limits);
     let mut text = format!("\nthe better of before and after:\n{limits}\n");
+    text += &format!("{:33}{:12}of the limit\n", "B,H,Hk,Q,K,D", "route");
     let entries = report.entries.iter();
     for entry in entries.filter(|entry| entry.is_on_device() && entry.counts()) {
         let (shape, share) = (entry.shape.to_string(), share(entry));
-        text += &format!("{shape:33}{:12}{share} of its limit\n", name(entry));
+        text += &format!("{shape:33}{:12}{share}\n", name(entry));
     }
     text
 }
