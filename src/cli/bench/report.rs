@@ -269,15 +269,14 @@ impl Report {
     pub fn pairs<'a>(&'a self, after: &'a Report) -> (Vec<(&'a Entry, &'a Entry)>, usize) {
         let mut left: Vec<&Entry> = after.entries.iter().collect();
         let mut twins = vec![None; self.entries.len()];
-        let is_like = |a: &Entry, b: &Entry| a.shape == b.shape && a.route == b.route;
-        let is_same = |a: &Entry, b: &Entry| {
-            is_like(a, b) && a.candidate == b.candidate && a.tuned == b.tuned
-        };
-        let passes: [&dyn Fn(&Entry, &Entry) -> bool; 2] = [&is_same, &is_like];
-        for fits in passes {
+        for exactly in [true, false] {
             for (a, twin) in self.entries.iter().zip(&mut twins) {
+                let fits = |b: &&Entry| {
+                    let same = a.candidate == b.candidate && a.tuned == b.tuned;
+                    a.shape == b.shape && a.route == b.route && (same || !exactly)
+                };
                 if twin.is_none() {
-                    let at = left.iter().position(|b| fits(a, b));
+                    let at = left.iter().position(fits);
                     *twin = at.map(|at| left.remove(at));
                 }
             }
