@@ -37,6 +37,12 @@ fn main(
     if (index >= P.count) { return; }
     let work = work_of(index);
     if (work.rows == 0u) { return; }
+{% if SPLIT %}
+    if (work.from_key >= work.to_key) {
+        if (thread < ROWS) { write_empty(work, thread); }
+        return;
+    }
+{% endif %}
 
     stage_queries(work, thread);
 {% for r in range(ROWS) %}

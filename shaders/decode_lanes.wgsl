@@ -51,6 +51,12 @@ fn main(
     if (index >= P.count) { return; }
     let work = work_of(index);
     if (work.rows == 0u) { return; }
+{% if SPLIT %}
+    if (work.from_key >= work.to_key) {
+        if (thread < ROWS) { write_empty(work, thread); }
+        return;
+    }
+{% endif %}
     let lane = thread % LANES;
     let team = thread / LANES;
     let team_lane = subgroup_lane - lane;   // the team's first lane in the subgroup

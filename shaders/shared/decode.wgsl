@@ -90,6 +90,16 @@ fn part_at(work: Work, row: vec2<u32>) -> u32 {
 }
 {% endif %}
 
+{% if SPLIT %}
+// Writes that row `r` sees no key of this part: `merge` reads no sums of it.
+fn write_empty(work: Work, r: u32) {
+    if (work.first + r >= work.rows) { return; }
+    let at = part_at(work, row_of(work, r)) + P.value_dim;
+    parts[at] = NEVER;
+    parts[at + 1u] = 0.0;
+}
+{% endif %}
+
 // Writes four columns of row `r`.
 fn write_row(work: Work, r: u32, d: u32, x: vec4<f32>) {
     if (work.first + r >= work.rows) { return; }
