@@ -297,17 +297,20 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// What of scratch a name stands for that the part of the problem does not narrow: all but the packed
-    /// tables, since no two bindings may overlap where one is written.
+    /// What of scratch a name stands for that the part of the problem does not narrow: all that the plan takes but
+    /// the packed tables, since no two bindings may overlap where one is written.
     fn scratch_slice(&self, name: &str) -> Option<[u64; 2]> {
         let [from, to] = self.tables;
+        let others = match from == to {
+            true => self.plan.scratch * 4,
+            false => from,
+        };
         let problem = self.problem;
         let weights = !problem.wants_weights || problem.options.stage != Stage::Softmax;
         match name {
-            _ if from == to => None,
             "tables" => Some([from, to]),
-            "parts" | "block_map" => Some([0, from]),
-            "weights" if weights => Some([0, from]),
+            "parts" | "block_map" => Some([0, others]),
+            "weights" if weights => Some([0, others]),
             _ => None,
         }
     }
