@@ -163,9 +163,16 @@ impl Planner<'_> {
             }
         }
         let (name, bytes) = too_large.expect("some part did not fit");
+        let shared = matches!(name, "k" | "v");
+        let of = match () {
+            () if shared && problem.pages.is_some() => "the whole pool",
+            () if problem.ragged_q || problem.ragged_k => "all sequences",
+            () if shared && problem.has_rows => "all batch rows",
+            () => "one batch row",
+        };
         Err(Error::refused(
             name,
-            format_args!("{bytes} bytes for one head of one batch row"),
+            format_args!("{bytes} bytes for one head of {of}"),
             format!("this device binds at most {} bytes", self.caps.max_binding),
         ))
     }
