@@ -125,10 +125,6 @@ impl Planner<'_> {
         let problem = self.problem;
         let (batch, kv) = (problem.batch, problem.kv_heads());
         let share = batch / problem.kv_batch();
-        let whole = Part {
-            batch: [0, batch],
-            kv: [0, kv],
-        };
         let by_batch = |step: u32, heads: u32| {
             (0..batch).step_by(step as usize).flat_map(move |b| {
                 (0..kv).step_by(heads as usize).map(move |h| Part {
@@ -137,17 +133,16 @@ impl Planner<'_> {
                 })
             })
         };
-        let mut choices = vec![vec![whole]];
-        if problem.ragged_q || problem.ragged_k {
-            choices.push(by_batch(batch, 1).collect());
-        } else {
-            choices.push(by_batch(share, kv).collect());
-            choices.push(by_batch(share, 1).collect());
-        }
+        // Batch rows and KV heads of a part, from the whole on.
+        let choices = match problem.ragged_q || problem.ragged_k {
+            true => vec![[batch, kv], [batch, 1]],
+            false => vec![[batch, kv], [share, kv], [share, 1]],
+        };
         let mut names = names.to_vec();
         names.extend(["bias", "mask"]);
         let mut too_large = None;
-        for parts in choices {
+        for [step, heads] in choices {
+            let parts: Vec<Part> = by_batch(step, heads).collect();
             let worst = parts
                 .iter()
                 .flat_map(|&part| names.iter().map(move |&name| (part, name)))
