@@ -37,7 +37,7 @@ pub struct Launch {
     /// The kernel's variant.
     pub shader: Shader,
     /// What it binds behind its parameters, in order: names, and the bytes of the tensor that it sees, all
-    /// of them if not given.
+    /// of its own if not given.
     pub(crate) bindings: Vec<(Arc<str>, Option<[u64; 2]>)>,
     pub(crate) params: Params,
     /// Workgroups.
