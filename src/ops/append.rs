@@ -1,6 +1,6 @@
 //! What a step adds to the cache, and its queries made ready.
 
-use super::{apart, extents, holds};
+use super::{apart, extents, holds, is_kept};
 use crate::gpu::blocks::BLOCK;
 use crate::gpu::{DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};
@@ -95,6 +95,7 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
         pad: [u32; 2],
     }
     let Append { qkv, heads, .. } = *step;
+    is_kept(recorder, "a step's queries, keys and values", qkv.dtype)?;
     let &[blocks, kv_heads, block_len, head_dim] = step.k_cache.shape.as_slice() else {
         let shape = format!("{:?}", step.k_cache.shape);
         return Err(Error::refused("a cache", shape, "four extents"));
@@ -127,6 +128,9 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
     ];
     for (what, cache) in caches {
         holds(what, cache, cache.dtype, step.k_cache.len())?;
+        if cache.dtype == DType::F16 {
+            is_kept(recorder, what, cache.dtype)?;
+        }
         let fits = match cache.dtype {
             DType::F32 | DType::F16 => true,
             DType::BF16 => head_dim.is_multiple_of(2),

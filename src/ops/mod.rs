@@ -62,6 +62,18 @@ fn holds(what: &str, tensor: &Tensor, dtype: DType, elements: u64) -> Result<()>
     ))
 }
 
+/// An error for a type of activations that no kernel has, or that the device's shaders have not.
+fn is_kept(recorder: &Recorder, what: &str, dtype: DType) -> Result<()> {
+    let bound = match dtype {
+        DType::F32 => return Ok(()),
+        DType::F16 if recorder.gpu().caps().f16 => return Ok(()),
+        DType::F16 => "f32: this device has no f16 in shaders",
+        _ => "f32 or f16",
+    };
+    let what = format!("the type of {what}");
+    Err(Error::refused(what, dtype.name(), bound))
+}
+
 /// The extents of a tensor of so many, none of them 0.
 fn extents<const N: usize>(what: &str, tensor: &Tensor) -> Result<[u32; N]> {
     match <[u32; N]>::try_from(tensor.shape.as_slice()) {
@@ -106,7 +118,7 @@ pub struct Epilogue<'a> {
     /// W's columns come in pairs, a gate and what it lets through (Shazeer 2020): the result is
     /// activate(gate) times the other, `[M, N / 2]`.
     pub gated: bool,
-    /// Added last. As the result
+    /// Added last. As many elements as the result, of X's type
     pub residual: Option<&'a Tensor>,
     /// Not on cooperative matrices, which many rows alone go to: the bits of a row do not change with how many
     /// others there are.
@@ -163,6 +175,9 @@ pub fn matmul(
     epilogue: Epilogue,
 ) -> Result<()> {
     let (k, stride) = (linear.weight.k(), linear.weight.stride());
+    is_kept(recorder, "the rows of a matrix product", x.dtype)?;
+    is_kept(recorder, "a matrix product's result", y.dtype)?;
+    linear.weight.is_kept(recorder)?;
     let m = check_u32("a matrix product's rows", x.len() / k as u64)?;
     check_u32("a matrix product's result", m as u64 * linear.n as u64)?;
     if epilogue.gated && !linear.n.is_multiple_of(2) {
@@ -306,6 +321,7 @@ fn record_norm(
     rows: Option<&Tensor>,
     y: &Tensor,
 ) -> Result<()> {
+    is_kept(recorder, "a norm's input", x.dtype)?;
     let [width] = extents("a norm's gamma", &norm.gamma)?;
     let x_rows = check_u32("a norm's input", x.len())? / width;
     let y_rows = match rows {
@@ -382,6 +398,8 @@ pub fn embed(
         row_len: u32,
     }
     let width = embedding.table.k();
+    is_kept(recorder, "a batch's embeddings", x.dtype)?;
+    embedding.table.is_kept(recorder)?;
     let types = [embedding.table.values().dtype, x.dtype];
     let shader = Shader::new("embed")
         .with("F16", types.contains(&DType::F16))

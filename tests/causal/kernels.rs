@@ -328,3 +328,45 @@ fn results_in_the_buffer_of_what_is_read_are_refused() {
     let said = refused(|recorder| ops::reorder(recorder, &parents, &lengths, &rows, 2));
     assert!(said.starts_with("rows is in"), "{said}");
 }
+
+#[test]
+fn types_that_no_kernel_has_are_refused() {
+    let matrix = |dtype| Linear {
+        weight: Matrix::dense(empty(dtype, &[8, 8])).unwrap(),
+        bias: None,
+        n: 8,
+    };
+    let norm = Norm {
+        gamma: empty(DType::F32, &[8]),
+        beta: None,
+        eps: 1e-5,
+    };
+    let plain = gpu().narrowed(gpu().caps().without_f16());
+    let f32 = DType::F32;
+    for (dtype, bound) in [
+        (DType::BF16, "f32 or f16"),
+        (DType::U32, "f32 or f16"),
+        (DType::F16, "f32: this device has no f16"),
+    ] {
+        let said = |record: &dyn Fn(&mut Recorder) -> qkv::Result<()>| {
+            let said = match record(&mut Recorder::new(&plain)) {
+                Err(error @ qkv::Error::Refused { .. }) => error.to_string(),
+                other => panic!("not refused: {other:?}"),
+            };
+            let bound = format!(" is {}: {bound}", dtype.name());
+            assert!(
+                said.starts_with("the type of") && said.contains(&bound),
+                "{said}"
+            );
+        };
+        let [x, y] = [(); 2].map(|()| empty(dtype, &[4, 8]));
+        let [x_32, y_32] = [(); 2].map(|()| empty(f32, &[4, 8]));
+        let epilogue = Epilogue::default();
+        said(&|recorder| ops::norm(recorder, &x, &norm, &y));
+        said(&|recorder| ops::matmul(recorder, &x, &matrix(f32), &y_32, epilogue));
+        said(&|recorder| ops::matmul(recorder, &x_32, &matrix(f32), &y, epilogue));
+        if dtype == DType::F16 {
+            said(&|recorder| ops::matmul(recorder, &x_32, &matrix(dtype), &y_32, epilogue));
+        }
+    }
+}
