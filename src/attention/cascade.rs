@@ -20,7 +20,7 @@ pub struct Partial<'a> {
 /// of its own.
 ///
 /// # Errors
-/// [`Error::Refused`] where shapes or types do not agree.
+/// [`Error::Refused`] where shapes or types do not agree, and for f16 on a device without it.
 pub fn merge(
     recorder: &mut Recorder,
     parts: [Partial; 2],
@@ -81,6 +81,10 @@ fn merge_rows(
         let bound = "f32, f16 or bf16, each element in a place of its own";
         let what = format_args!("{} of {:?}", dtype.name(), into.layout.strides);
         return Err(Error::refused("into", what, bound));
+    }
+    if dtype == DType::F16 && !recorder.gpu().caps().f16 {
+        let bound = "f32 or bf16: this device has no f16 in shaders";
+        return Err(Error::refused("the storage type of into", "f16", bound));
     }
     let read = parts.iter().flat_map(|part| [part.out, part.lse]);
     let read: Vec<&Tensor> = read.collect();

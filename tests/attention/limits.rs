@@ -106,6 +106,21 @@ fn partial_results_merge_into_the_whole_in_any_order() {
 }
 
 #[test]
+fn merging_into_f16_is_refused_where_there_is_none() {
+    let plain = gpu().narrowed(gpu().caps().without_f16());
+    let make = |dtype, shape: &[u32]| gpu().empty("tensor", dtype, shape).unwrap();
+    let (out, lse) = (make(F32, &[1, 1, 3, 4]), make(F32, &[1, 1, 3]));
+    let into = make(F16, &[1, 1, 3, 4]);
+    let part = Partial {
+        out: &out,
+        lse: &lse,
+    };
+    let mut recorder = Recorder::new(&plain);
+    let result = merge(&mut recorder, [part; 2], &View::bhld(&into).unwrap(), None);
+    assert_eq!(refused(result), "the storage type of into");
+}
+
+#[test]
 fn problems_beyond_a_binding_are_cut_into_parts() {
     let full = gpu().caps();
     let case = Case {
