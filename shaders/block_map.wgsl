@@ -21,7 +21,7 @@ fn main(
     let per_kv = P.heads / P.kv_heads;
     let tile = index % P.k_blocks;
     let n = index / P.k_blocks % P.blocks;
-    let kh = index / (P.k_blocks * P.blocks);
+    let kh = P.kv_from + index / (P.k_blocks * P.blocks);
     let block = block_at(n, BLOCK_Q, per_kv);
     if (block.x >= P.batch) { return; }
     if (thread == 0u) { atomicStore(&wg_any, 0u); }

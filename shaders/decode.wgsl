@@ -24,7 +24,7 @@ const SLICES = {{ SLICES }}u;   // slices of the keys, COLUMNS threads each
 var<workgroup> wg_q: array<vec4<f32>, {{ ROWS * QUADS }}>;
 var<workgroup> wg_m: array<f32, {{ ROWS * 64 }}>;         // each thread's maximum, 64 a row
 var<workgroup> wg_p: array<f32, {{ ROWS * 256 }}>;        // weights, 256 a row
-var<workgroup> wg_over: array<f32, ROWS>;
+var<workgroup> wg_over: array<vec2<f32>, ROWS>;
 var<workgroup> wg_o: array<vec4<f32>, 64>;
 
 @compute @workgroup_size(64)
@@ -37,6 +37,12 @@ fn main(
     if (index >= P.count) { return; }
     let work = work_of(index);
     if (work.rows == 0u) { return; }
+{% if SPLIT %}
+    if (work.from_key >= work.to_key) {
+        if (thread < ROWS) { write_empty(work, thread); }
+        return;
+    }
+{% endif %}
 
     stage_queries(work, thread);
 {% for r in range(ROWS) %}
@@ -142,7 +148,7 @@ fn main(
     if (thread < COLUMNS) {
         var sum = vec4<f32>();
         for (var n = 0u; n < SLICES{{ ROLL }}; n += 1u) { sum += wg_o[n * COLUMNS + thread]; }
-        write_row(work, {{ r }}u, (thread + {{ c }}u * COLUMNS) * 4u, sum * wg_over[{{ r }}]);
+        write_row(work, {{ r }}u, (thread + {{ c }}u * COLUMNS) * 4u, sum * wg_over[{{ r }}].x * wg_over[{{ r }}].y);
     }
 {% endfor %}
 {% endfor %}

@@ -35,7 +35,7 @@ var<workgroup> wg_q: array<vec4<f32>, {{ [ROWS * QUADS, 33] | max }}>;
 var<workgroup> wg_m: array<f32, {{ ROWS * (64 // LANES) }}>;
 var<workgroup> wg_l: array<f32, {{ ROWS * (64 // LANES) }}>;
 var<workgroup> wg_top: array<f32, ROWS>;
-var<workgroup> wg_over: array<f32, ROWS>;
+var<workgroup> wg_over: array<vec2<f32>, ROWS>;
 var<workgroup> wg_o: array<vec4<f32>, {{ ROWS * 64 }}>;
 
 @compute @workgroup_size(64)
@@ -51,6 +51,12 @@ fn main(
     if (index >= P.count) { return; }
     let work = work_of(index);
     if (work.rows == 0u) { return; }
+{% if SPLIT %}
+    if (work.from_key >= work.to_key) {
+        if (thread < ROWS) { write_empty(work, thread); }
+        return;
+    }
+{% endif %}
     let lane = thread % LANES;
     let team = thread / LANES;
     let team_lane = subgroup_lane - lane;   // the team's first lane in the subgroup
@@ -189,7 +195,7 @@ fn main(
             let r = n / LANES;
             var sum = vec4<f32>();
             for (var t = 0u; t < TEAMS{{ ROLL }}; t += 1u) { sum += wg_o[r * 64u + t * LANES + n % LANES]; }
-            write_row(work, r, (n % LANES + c * LANES) * 4u, sum * wg_over[r]);
+            write_row(work, r, (n % LANES + c * LANES) * 4u, sum * wg_over[r].x * wg_over[r].y);
         }
     }
 }

@@ -6,9 +6,9 @@
 //   Y by way of workgroup memory, 32 columns at a time: bias, activation, residual
 //
 // Weights in blocks are expanded to f16 while they are staged, once for all 64 rows. Of the cycles that RADV estimates
-// for navi31 64 multiply-adds take 0.49 here and 1.23 in `matmul`; one half of workgroup memory told from the other by
-// an addition instead of a multiplication, 0.84, as no load of it was of 128 bits. PLAIN replaces the matrices by
-// loops, see shared/matrices.wgsl.
+// for navi31 64 multiply-adds take 0.9 here and 3.1 in `matmul`; one half of workgroup memory told from the other by
+// an addition instead of a multiplication, 1.7 times as many, as no load of it was of 128 bits. PLAIN replaces the
+// matrices by loops, see shared/matrices.wgsl.
 {% if not PLAIN %}
 enable wgpu_cooperative_matrix;
 {% endif %}

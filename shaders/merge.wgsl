@@ -1,6 +1,7 @@
 // merge: the parts of the key axis into one, in their order: O = sum 2^(m_s - m) O_s / sum 2^(m_s - m) l_s.
 //
-//   one thread: four columns of one row; a row that sees no key is zeros; a sink joins the denominator
+//   one thread: four columns of one row; a row that sees no key is zeros; a sink joins the denominator;
+//   of a part without keys nothing but its l, 0, is there to read
 {% if F16 %}
 enable f16;
 {% endif %}
@@ -32,13 +33,15 @@ fn main(
     var l = select(0.0, exp2(sink - top), sink > NEVER);
     for (var s = 0u; s < P.splits; s += 1u) {
         let part = at + s * stride;
+        let l_part = parts[part + P.value_dim + 1u];
+        if (l_part == 0.0) { continue; }
         let weight = exp2(parts[part + P.value_dim] - top);
-        l += weight * parts[part + P.value_dim + 1u];
+        l = fma(weight, l_part, l);
         var x = vec4<f32>();
 {% for e in range(4) %}
         if (d + {{ e }}u < P.value_dim) { x[{{ e }}] = parts[part + d + {{ e }}u]; }
 {% endfor %}
-        sum += weight * x;
+        sum = fma(vec4<f32>(weight), x, sum);
     }
     store_o(query_at(P.o_at, row.x, row.y, row.z), d, sum * select(0.0, 1.0 / max(l, 1.0e-37), l > 0.0));
 {% if HAS_LSE %}

@@ -50,7 +50,6 @@ enable subgroups;
 {{ row_loader("k", K_TYPE, "head_dim", "y", VEC) }}
 {{ row_loader("v", V_TYPE, "value_dim", "z", VEC) }}
 {{ row_writer("o", O_TYPE, "value_dim", VEC) }}
-{% set LAW = HAS_SOFTCAP or HAS_BIAS or HAS_ALIBI or HAS_T5 or HAS_SCORE_MOD %}
 {% set BY_ELEMENT = HAS_MASK or HAS_MASK_MOD %}
 {# Where P and V are staged, and how their products come to O. #}
 {% set WG_P = "wg_p" if F16_MATH else "wg_q" %}
@@ -76,7 +75,7 @@ var<workgroup> wg_v: array<vec4<f16>, 288>;
 var<workgroup> wg_row: array<f32, 256>;       // 32 rows x 8 threads
 {% endif %}
 
-{% macro over_row(op, value, out, row) %}
+{% macro over_row(op, out, row) %}
 {# The maximum or sum over a row's 8 threads. #}
 {% if SUBGROUPS %}
 {% for step in [1, 2, 4] %}
@@ -195,7 +194,7 @@ fn main(
         workgroupBarrier();
 {% endif %}
 {% for i in range(ROWS) %}
-{{ over_row("max", "", "top_" ~ i, "(ty * ROWS + " ~ i ~ "u)") }}
+{{ over_row("max", "top_" ~ i, "(ty * ROWS + " ~ i ~ "u)") }}
 {% if F16_MATH %}
         // Weights of at most 1 / 4, so that four products with any element of V stay below f16's largest number.
         top_{{ i }} += 2.0;
@@ -273,7 +272,7 @@ fn main(
     workgroupBarrier();
 {% endif %}
 {% for i in range(ROWS) %}
-{{ over_row("sum", "", "l_" ~ i, "(ty * ROWS + " ~ i ~ "u)") }}
+{{ over_row("sum", "l_" ~ i, "(ty * ROWS + " ~ i ~ "u)") }}
     let sink_{{ i }} = sink_of(h_{{ i }});
     let last_{{ i }} = max(m_{{ i }}, sink_{{ i }});
     let shrink_{{ i }} = exp2(m_{{ i }} - last_{{ i }});

@@ -39,7 +39,7 @@ fn main(
 {% for n in range(4) %}
         if (j_from + {{ n }}u < last) {
             let w = weights[at + j_from + {{ n }}u];
-            if (w != 0.0) { sum += w * load_v(key_at(P.v_at, kb, kh, j_from + {{ n }}u), d); }
+            if (!(w == 0.0)) { sum += w * load_v(key_at(P.v_at, kb, kh, j_from + {{ n }}u), d); }
         }
 {% endfor %}
     }

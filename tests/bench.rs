@@ -41,6 +41,7 @@ fn a_bench_verifies_times_and_writes_its_files() {
         "1,4,2,1,300,16",
         "1,4,2,1,600,16",
         "1,2,2,40,40,16,causal",
+        "1,4,2,1,300,16",
         "--routes",
         "planned,all",
         "--seconds",
@@ -73,9 +74,9 @@ fn a_bench_verifies_times_and_writes_its_files() {
             times.sort_by(f64::total_cmp);
             assert_eq!(times.len(), 5);
             assert_eq!(entry["ms"]["median"], times[2]);
-            // 4 B H Q K D, halved where causal.
+            // 4 B H D for each pair of a query and a key that it sees.
             let flop = match entry["shape"]["k_len"].as_u64().unwrap() {
-                40 => 2 * 2 * 40 * 40 * 16,
+                40 => 4 * 2 * (40 * 41 / 2) * 16,
                 keys => 4 * 4 * keys * 16,
             };
             let rate = flop as f64 / times[2] / 1e6;
@@ -83,6 +84,24 @@ fn a_bench_verifies_times_and_writes_its_files() {
         }
     }
     assert_eq!(found["refused"].as_array().unwrap().len(), 0);
+
+    // Measured twice, and a share only of what both agree on.
+    let reads = &found["limits"]["f32"];
+    assert!(said.contains("the better of before and after:"), "{said}");
+    for entry in entries {
+        let noise = match entry["shape"]["q_len"] == 1 {
+            true if found["limits"]["f16"]["read_gb_s"].as_f64() > reads["read_gb_s"].as_f64() => {
+                &found["limits"]["f16"]["noise"][1]
+            }
+            true => &reads["noise"][1],
+            false => &reads["noise"][0],
+        };
+        let noise = noise.as_f64().unwrap();
+        assert!((0.0..1.0).contains(&noise), "{found:#}");
+        assert!(noise <= 0.1 || entry["limit_noisy"] == true, "{entry:#}");
+        let is_silent = entry["limit_noisy"] == true;
+        assert_eq!(entry["share"].is_null(), is_silent, "{entry:#}");
+    }
 
     let lines = std::fs::read_to_string(&table).unwrap();
     let columns = |line: &str| {
@@ -92,7 +111,7 @@ fn a_bench_verifies_times_and_writes_its_files() {
             .sum()
     };
     let counts: Vec<usize> = lines.lines().map(columns).collect();
-    assert_eq!(counts, [23; 10], "{lines}");
+    assert_eq!(counts, [24; 10], "{lines}");
 
     // One file: nothing is fetched, and every shape is there.
     let html = std::fs::read_to_string(&page).unwrap();
@@ -106,11 +125,41 @@ fn a_bench_verifies_times_and_writes_its_files() {
 }
 
 #[test]
+fn what_the_plan_takes_is_timed_beside_forced_routes_that_are_not_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let report = folder.path().join("a.json");
+    stdout(&qkv(&[
+        "bench",
+        "1,4,2,1,4096,16",
+        "--routes",
+        "three-pass",
+        "--seconds",
+        "0",
+        "--json",
+        report.to_str().unwrap(),
+    ]));
+    let found = json(&report);
+    let entries = found["entries"].as_array().unwrap();
+    let [forced, chosen] = entries.as_slice() else {
+        panic!("{found:#}");
+    };
+    assert_eq!(
+        [&forced["chosen"], &chosen["chosen"]].map(Value::as_bool),
+        [Some(false), Some(true)]
+    );
+    assert_eq!(forced["candidate"], "three-pass");
+    let candidate = chosen["candidate"].as_str().unwrap();
+    assert!(candidate.starts_with("decode"), "{candidate}");
+}
+
+#[test]
 fn what_a_route_cannot_do_is_said_and_the_rest_is_measured() {
     let folder = tempfile::tempdir().unwrap();
     let report = folder.path().join("a.json");
     let said = stdout(&qkv(&[
         "bench",
+        // 16 GB, and as many on the host, which are not asked for.
+        "1,1,1,7000000,1,576",
         // More than 2^32 scores, which no kernel counts.
         "1,1,1,70000,70000,1",
         "1,1,1,1,64,4",
@@ -123,8 +172,11 @@ fn what_a_route_cannot_do_is_said_and_the_rest_is_measured() {
     ]));
     assert!(said.contains("in 32 bits"), "{said}");
     let found = json(&report);
-    assert_eq!(found["refused"][0]["route"], "three-pass");
-    assert_eq!(found["refused"][0]["shape"]["q_len"], 70000);
+    assert_eq!(found["refused"][0]["route"], "all");
+    let why = found["refused"][0]["why"].as_str().unwrap();
+    assert!(why.starts_with("q is 16128000000 bytes "), "{why}");
+    assert_eq!(found["refused"][1]["route"], "three-pass");
+    assert_eq!(found["refused"][1]["shape"]["q_len"], 70000);
     assert_eq!(found["entries"][0]["shape"]["k_len"], 64);
 }
 
@@ -162,8 +214,10 @@ case $line in *'"causal":true'*) causal=1 ;; *) causal= ;; esac
 printf '%s\n' '{"first_ms": 7, "about": {"version": "1.2", "device": "a \"fake\""}}'
 times=
 while read -r line && [ "$line" = '"call"' ]; do
+  [ "$2$causal" = ort1 ] && { echo $$ >"$here/hangs"; exec sleep 60; }
+  # After ort's turn, which has failed by then.
+  [ "$2" = torch ] && [ -e "$here/hangs" ] && kill -0 "$(cat "$here/hangs")" && : >"$here/beside"
   [ "$2$causal" = torch1 ] && { echo 'it is no more' >&2; exit 3; }
-  [ "$2$causal" = ort1 ] && sleep 60
   times="$times${times:+, }2.5"
   echo '{}'
 done
@@ -231,10 +285,18 @@ echo "{\"clock\": \"host\", \"times_ms\": [$times${SPOILT}]}"
         assert_eq!(torch["times_ms"].as_array().unwrap().len(), 5);
         assert_eq!(torch["peer"]["about"]["version"], "1.2");
         assert_eq!(torch["peer"]["timestamps"], false);
+        // Ours by that clock too, which the ratio is to.
+        let ours = torch["peer"]["ours_waited_ms"].as_f64().unwrap();
+        assert!(ours > 0.0 && ours < 1e4, "{torch:#}");
+        if let Some(ratio) = torch["ratio"].as_f64() {
+            assert!((ratio * ours / 2.5 - 1.0).abs() < 0.2, "{torch:#}");
+        }
         assert_eq!(ort["peer"]["right"], false);
         assert!(ort["error"].as_f64().unwrap() > 100.0);
         // What is wrong is compared with nothing.
         assert_eq!(ort["ratio"], Value::Null);
+        // What gave no answer computes no longer beside what came after it.
+        assert!(folder.path().join("hangs").exists() && !folder.path().join("beside").exists());
         for (name, causal, why) in [
             ("ggml", false, "WRONG: its answer has a value of NaN"),
             ("ggml", true, "a line and another"),
@@ -316,6 +378,62 @@ echo "{\"clock\": \"host\", \"times_ms\": [$times${SPOILT}]}"
     }
 }
 
+/// A reader that goes away, as `head` does, takes neither the files nor the exit code with it.
+#[test]
+fn what_nobody_reads_any_more_still_has_its_files_and_exit_code() {
+    use std::process::Stdio;
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("a.html");
+    let run = |shape: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qkv"));
+        command.args(["bench", shape, "--seconds", "0", "--html"]);
+        let piped = command.arg(&page).stdout(Stdio::piped());
+        let mut child = piped.stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        child.wait_with_output().unwrap()
+    };
+    let output = run("1,1,1,1,64,4");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(
+        std::fs::read_to_string(&page)
+            .unwrap()
+            .contains("1,1,1,1,64,4")
+    );
+    // Here it has not said a word yet, and cannot write the page.
+    std::fs::remove_file(&page).unwrap();
+    std::fs::create_dir(&page).unwrap();
+    refuses(&run("1,1,1,1,64,4"), &["a.html"]);
+}
+
+#[test]
+fn options_that_a_command_would_not_heed_are_refused() {
+    for (command, option, words) in [
+        (
+            &["compare", "a", "b"][..],
+            &["--device", "0"][..],
+            "--device is 0: not with `qkv compare`",
+        ),
+        (
+            &["compare", "a", "b"],
+            &["--no-tune"],
+            "--no-tune is given: not with `qkv compare`",
+        ),
+        (
+            &["devices"],
+            &["--no-tune"],
+            "--no-tune is given: not with `qkv devices`",
+        ),
+        (
+            &["doctor"],
+            &["--no-tune"],
+            "--no-tune is given: not with `qkv doctor`",
+        ),
+    ] {
+        refuses(&qkv(&[command, option].concat()), &[words]);
+    }
+}
+
 /// A report of one shape on two routes: medians and the distance between quartiles, in ms.
 fn report(path: &Path, figures: [[f64; 2]; 2]) {
     let entry = |route: &str, [median, wide]: [f64; 2]| {
@@ -345,6 +463,57 @@ fn compare_tells_what_changed_beyond_the_noise_of_both() {
     let folder = tempfile::tempdir().unwrap();
     let [a, b] = ["a.json", "b.json"].map(|name| folder.path().join(name));
     let [a_name, b_name] = [&a, &b].map(|path| path.to_str().unwrap());
+    // The plan of a route that changed is beside what it was; the same one first, if both are there.
+    let name = |path: &Path, names: [(&str, &str, bool); 2]| {
+        report(path, [[10.0, 0.0], [20.0, 0.0]]);
+        let mut found = json(path);
+        for (ix, (route, candidate, tuned)) in names.into_iter().enumerate() {
+            let entry = &mut found["entries"][ix];
+            entry["route"] = route.into();
+            entry["candidate"] = candidate.into();
+            entry["tuned"] = tuned.into();
+        }
+        std::fs::write(path, found.to_string()).unwrap();
+    };
+    name(&a, [("decode", "four", false), ("prefill", "x", false)]);
+    name(&b, [("decode", "eight", true), ("decode", "four", false)]);
+    let said = stdout(&qkv(&["compare", a_name, b_name]));
+    assert!(said.contains("2.000  slower\n"), "{said}");
+    assert!(said.contains(" 2 in one run only"), "{said}");
+    name(&b, [("decode", "eight", true), ("prefill", "x", false)]);
+    let said = stdout(&qkv(&["compare", a_name, b_name]));
+    assert!(said.contains("1.000  four before, eight after\n"), "{said}");
+    assert!(said.contains(" 0 in one run only"), "{said}");
+    // What is wrong is neither faster nor slower, nor is what other clocks say.
+    let figures = [[10.0, 0.0], [10.0, 0.0]];
+    report(&a, figures);
+    report(&b, [[20.0, 0.0], [5.0, 0.0]]);
+    let [before, mut after] = [&a, &b].map(|path| json(path));
+    after["entries"][0]["peer"] = serde_json::json!({ "about": {}, "timestamps": true,
+        "max_error": 1.0, "rms_error": 1.0, "right": false });
+    after["device"]["max_binding"] = 2.into();
+    after["device"]["driver"] = "some".into();
+    std::fs::write(&b, after.to_string()).unwrap();
+    let said = stdout(&qkv(&["compare", a_name, b_name]));
+    assert!(said.contains("2.000  an answer is WRONG\n"), "{said}");
+    assert!(said.contains("0.500  faster\n"), "{said}");
+    assert!(
+        said.contains("1 faster, 0 slower, 0 the same within noise, 0 too noisy, 1 wrong, 0 by other clocks, 0 in one"),
+        "{said}"
+    );
+    for line in [
+        "not the same device:\n",
+        "  driver: \"none\" before, \"some\" after\n",
+        "  max_binding: 1 before, 2 after\n",
+    ] {
+        assert!(said.contains(line), "{said}");
+    }
+    after["device"] = before["device"].clone();
+    after["device"]["timestamps"] = false.into();
+    std::fs::write(&b, after.to_string()).unwrap();
+    let said = stdout(&qkv(&["compare", a_name, b_name]));
+    assert!(said.contains("0.500  not by the same clock\n"), "{said}");
+    assert!(said.contains("0 faster, 0 slower"), "{said}");
     for (before, after, prefill, decode) in [
         // 10 and 20 % away, with noise of 4 % each.
         (

@@ -119,6 +119,79 @@ fn a_buffer_that_is_too_small_for_its_shape_is_refused() {
     );
 }
 
+/// A buffer of a caller's.
+fn buffer(gpu: &Gpu, size: u64, usage: wgpu::BufferUsages) -> wgpu::Buffer {
+    gpu.device().create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size,
+        usage,
+        mapped_at_creation: false,
+    })
+}
+
+/// The argument that was refused, and the whole refusal.
+fn refused<T>(result: qkv::Result<T>) -> (String, String) {
+    match result.map(drop).unwrap_err() {
+        ref error @ Error::Refused { ref argument, .. } => (argument.clone(), error.to_string()),
+        error => panic!("{error}"),
+    }
+}
+
+#[test]
+fn buffers_that_cannot_be_copied_are_refused_where_nobody_hears_the_devices_errors() {
+    let own = Gpu::new().unwrap().untuned();
+    // A device whose uncaught errors panic, as it came from wgpu.
+    own.device()
+        .on_uncaptured_error(std::sync::Arc::new(|error| panic!("{error}")));
+    let gpu = Gpu::from_wgpu(own.device(), own.queue());
+    let storage = wgpu::BufferUsages::STORAGE;
+    let tensor = |usage| Tensor::from_wgpu(buffer(&gpu, 16, usage), DType::F32, &[4]).unwrap();
+    let plain = tensor(storage);
+    let (argument, error) = refused(gpu.write(&plain, &[0; 16]));
+    assert_eq!(argument, "what is written to");
+    assert!(error.contains("COPY_DST"), "{error}");
+    let (argument, error) = refused(gpu.read(&plain));
+    assert_eq!(argument, "what is read");
+    assert!(error.contains("COPY_SRC"), "{error}");
+    let both = tensor(storage | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST);
+    gpu.write(&both, &[7; 16]).unwrap();
+    assert_eq!(gpu.read(&both).unwrap(), [7; 16]);
+    // What no look at a buffer tells.
+    let tensors = problem(&gpu);
+    let mut recorder = Recorder::new(&gpu);
+    record(&mut recorder, &tensors);
+    let recording = recorder.finish().unwrap();
+    gpu.run(&recording).unwrap();
+    for tensor in [&tensors[1], &both] {
+        tensor.buffer().destroy();
+    }
+    let device =
+        |error: Option<Error>| assert!(matches!(error, Some(Error::Device(_))), "{error:?}");
+    device(gpu.run(&recording).err());
+    device(gpu.read(&both).err());
+    device(gpu.write(&both, &[7; 16]).err());
+}
+
+#[test]
+fn buffers_that_do_not_hold_their_shape_in_whole_words_are_refused() {
+    let gpu = Gpu::new().unwrap().untuned();
+    let storage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+    for (dtype, n, size) in [
+        (DType::F16, 3, 6),
+        (DType::Bool, 3, 3),
+        (DType::BF16, 1, 3),
+        (DType::F32, 0, 0),
+    ] {
+        let made = |size| Tensor::from_wgpu(buffer(&gpu, size, storage), dtype, &[n]);
+        let (argument, error) = refused(made(size));
+        assert_eq!(argument, "buffer");
+        let need = dtype.bytes(&[n]).max(1).next_multiple_of(4);
+        assert!(error.contains(&format!("needs {need} bytes")), "{error}");
+        let whole = made(need).unwrap();
+        assert_eq!(gpu.read(&whole).unwrap().len() as u64, dtype.bytes(&[n]));
+    }
+}
+
 /// A device with WebGPU's default limits and no optional feature, as a browser grants it.
 fn least_device() -> (wgpu::Device, wgpu::Queue) {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();

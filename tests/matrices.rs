@@ -173,18 +173,20 @@ fn product(
     (kernel, worst)
 }
 
-/// The device, and two that go other ways: hardware, and one where lanes pass nothing on.
-fn devices() -> [Gpu; 3] {
+/// The device, and three that go other ways: hardware of small subgroups and of those that bear more rows a thread, and
+/// one where lanes pass nothing on.
+fn devices() -> [Gpu; 4] {
     let caps = gpu().caps();
-    let hardware = Caps {
+    let hardware = |n| Caps {
         software: false,
+        subgroups: Some((n, n)),
         ..caps.clone()
     };
-    let alone = caps.without_subgroups();
     [
         gpu().clone(),
-        gpu().narrowed(hardware),
-        gpu().narrowed(alone),
+        gpu().narrowed(hardware(8)),
+        gpu().narrowed(hardware(32)),
+        gpu().narrowed(caps.without_subgroups()),
     ]
 }
 
@@ -215,7 +217,7 @@ fn products_are_the_oracles_for_every_storage() {
         }
     }
     println!("{runs} products, worst {worst:.3} of the tolerance");
-    assert_eq!(runs, 3 * 9 * (5 * 5 + 2 * 4));
+    assert_eq!(runs, 4 * 9 * (5 * 5 + 2 * 4));
 }
 
 #[test]

@@ -50,6 +50,13 @@ fn rate(entry: &Entry) -> String {
     }
 }
 
+fn share(entry: &Entry) -> String {
+    match (entry.limit_noisy, entry.share) {
+        (true, _) => "limit too noisy".into(),
+        (false, share) => share.map_or(String::new(), percent),
+    }
+}
+
 /// A peer's time, and how many times ours that is or how wrong.
 fn beside(entry: &Entry) -> String {
     let peer = entry.peer.as_ref().expect("a peer's entry");
@@ -109,7 +116,7 @@ fn section(report: &Report, record: &str) -> String {
     for ours in report.entries.iter().filter(|entry| entry.chosen) {
         let figures = match ours.ms.is_noisy() {
             true => [String::new(), String::new()],
-            false => [rate(ours), ours.share.map_or(String::new(), percent)],
+            false => [rate(ours), share(ours)],
         };
         text += &format!(
             "| {} | {} | {} |",
@@ -158,7 +165,8 @@ fn table() -> String {
     let noisy = percent(NOISY);
     format!(
         "{}\nTimes are medians; with ± where more than {noisy} of one lie between the quartiles, and it means little. A peer's \
-         is in\nms too, then how many times ours, by runs that followed each other.\n",
+         is in\nms too, then how many times ours, by runs that followed each other and by one clock: ours by the host's too, for \
+         what goes by that.\n",
         sections.collect::<Vec<_>>().join("\n")
     )
 }
@@ -220,7 +228,7 @@ fn what_is_noisy_wrong_or_failed_is_said() {
             { "shape": shape(true), "route": "torch", "why": "no answer in 1 s" },
         ],
     });
-    let report: Report = serde_json::from_value(report).unwrap();
+    let mut report: Report = serde_json::from_value(report).unwrap();
     let wanted = "\
 a driver, vulkan ([record](benches/record/a.json)): in f32 96.3 GFLOP/s of multiply-adds and 6.31 GB/s of reads.
 
@@ -233,4 +241,22 @@ a driver, vulkan ([record](benches/record/a.json)): in f32 96.3 GFLOP/s of multi
 2. torch: no answer in 1 s
 ";
     assert_eq!(section(&report, "a.json"), wanted);
+    // 12.345 GFLOP/s are 13 % of 96.26, unless those are noise or too few.
+    let rates = report.limits.f32;
+    for (gflops, noise, share) in [
+        (96.26, 0.0, " 13 % "),
+        (96.26, 0.11, " limit too noisy "),
+        (12.0, 0.0, " 103 % "),
+        (11.5, 0.0, " limit too noisy "),
+    ] {
+        report.limits.f32 = Rates {
+            gflops,
+            noise: [noise, 0.0, 0.0],
+            ..rates
+        };
+        report.judge();
+        let text = section(&report, "a.json");
+        let line = format!("| 2.00 | 12.3 GFLOP/s |{share}|");
+        assert!(text.contains(&line), "{line}: {text}");
+    }
 }

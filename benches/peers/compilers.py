@@ -6,7 +6,7 @@
 COMMAND is called as `COMMAND GPU FILE --json` and `COMMAND GPU FILE --disasm`: it compiles a WGSL or SPIR-V
 file for that GPU, none needed, and prints what the driver's VK_KHR_pipeline_executable_properties say, and
 with them the assembly. FOLDER has a folder for each side, with files KERNEL-TYPE-DIM[-LANES].wgsl or .spv:
-prefill-f16-128-8-32.wgsl; LANES, where the text hangs on the subgroups, is 64 (AMD) or 8-32 (Intel). A
+prefill-f16-128-8-32.wgsl, products KERNEL-WEIGHTS-ROWS.wgsl with the rows of a thread; LANES, where the text hangs on the subgroups, is 64 (AMD) or 8-32 (Intel). A
 kernel of several launches has one file each, told apart in brackets: "decode-f32-64 (QK).spv"; "(matrices)" is
 for navi31 alone, which has cooperative matrices. Ours come from
 
@@ -16,10 +16,11 @@ Cycles per 64 multiply-adds are the compiler's own estimate for the whole kernel
 same guesses give. The compilers guess how often loops turn: Intel's 10 times; AMD's 8 times, an inner loop 4
 times, one further in twice, a branch that all lanes agree on is taken half the time and another one three quarters.
 A multiply-add is a multiplication of floats in the assembly, fused or not (two in packed instructions and in
-dot products of pairs), times the lanes that execute it. So the figures compare kernels; they are no times.
+dot products of pairs), times the lanes that execute it; in products the scaling of blocks counts as well. So the figures compare kernels; they are no times.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import re
@@ -29,6 +30,7 @@ import sys
 import tempfile
 
 GPUS = {"navi21": "64", "navi31": "64", "vega10": "64", "dg2": "8-32"}
+ROWS = {"navi21": 8, "navi31": 8, "vega10": 4, "dg2": 4}
 
 
 def call(tool, gpu, file, flag):
@@ -133,23 +135,28 @@ def main():
     args = p.parse_args()
     sides = sorted(x for x in args.folder.iterdir() if x.is_dir())
     sides.sort(key=lambda side: side.name != "qkv")
-    for kernel in ("prefill", "decode"):
-        for gpu, lanes in GPUS.items():
-            print(f"\n### {kernel}, {gpu}\n")
-            print("| D, type | kernel | registers | spills and fills | scratch, bytes | occupancy | cycles per 64 multiply-adds |")
-            print("| --- | --- | --- | --- | --- | --- | --- |")
-            for dim in (64, 128):
-                for kind in ("f32", "f16"):
-                    for side in sides:
-                        for path in sorted(side.iterdir()):
-                            name, part = re.fullmatch(r"(.*?)( \(.*\))?", path.stem).groups()
-                            if name not in (f"{kernel}-{kind}-{dim}", f"{kernel}-{kind}-{dim}-{lanes}"):
-                                continue
-                            if part == " (matrices)" and gpu != "navi31":
-                                continue
-                            cells = [f"{dim}, {kind}", side.name + (part or ""), *figures(args.tool, gpu, path)]
-                            print(f"| {' | '.join(map(str, cells))} |")
-                            sys.stdout.flush()
+    # Of attention by head dim and K's and V's type; of products by the rows that a thread has and the weights' storage.
+    tables = [(kernel, "D, type", (64, 128), ("f32", "f16")) for kernel in ("prefill", "decode")]
+    tables.append(("product", "rows, weights", (1, 4, 8), ("f32", "f16", "q8_0", "q4_0")))
+    for (kernel, head, dims, kinds), (gpu, lanes) in itertools.product(tables, GPUS.items()):
+        print(f"\n### {kernel}, {gpu}\n")
+        print(f"| {head} | kernel | registers | spills and fills | scratch, bytes | occupancy | cycles per 64 multiply-adds |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for dim in dims:
+            for kind in kinds:
+                for side in sides:
+                    for path in sorted(side.iterdir()):
+                        name, part = re.fullmatch(r"(.*?)( \(.*\))?", path.stem).groups()
+                        if name not in (f"{kernel}-{kind}-{dim}", f"{kernel}-{kind}-{dim}-{lanes}"):
+                            continue
+                        if part == " (matrices)" and gpu != "navi31":
+                            continue
+                        # The products of many rows are planned by the device's subgroups.
+                        if kernel == "product" and part is None and dim > 1 and dim != ROWS[gpu]:
+                            continue
+                        cells = [f"{dim}, {kind}", side.name + (part or ""), *figures(args.tool, gpu, path)]
+                        print(f"| {' | '.join(map(str, cells))} |")
+                        sys.stdout.flush()
 
 
 if __name__ == "__main__":

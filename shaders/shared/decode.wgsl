@@ -59,8 +59,9 @@ fn row_of(work: Work, r: u32) -> vec2<u32> {
     return vec2<u32>(work.kh * (P.heads / P.kv_heads) + row / work.queries, row % work.queries);
 }
 
-// What the sums of row `r` are multiplied by, from its maximum and denominator, which one thread writes down.
-fn finish_row(work: Work, r: u32, m: f32, l: f32) -> f32 {
+// What the sums of row `r` are multiplied by, one after the other, from its maximum and denominator, which one thread
+// writes down. `merge` rounds the same way, so that a row whose keys are all in one part has the same bits by itself.
+fn finish_row(work: Work, r: u32, m: f32, l: f32) -> vec2<f32> {
     let row = row_of(work, r);
     let is_row = work.first + r < work.rows;
 {% if SPLIT %}
@@ -69,16 +70,16 @@ fn finish_row(work: Work, r: u32, m: f32, l: f32) -> f32 {
         parts[at] = m;
         parts[at + 1u] = l;
     }
-    return 1.0;
+    return vec2<f32>(1.0);
 {% else %}
     let sink = sink_of(row.x);
     let top = max(m, sink);
     let shrink = exp2(m - top);
-    let sum = l * shrink + select(0.0, exp2(sink - top), sink > NEVER);
+    let sum = fma(shrink, l, select(0.0, exp2(sink - top), sink > NEVER));
 {% if HAS_LSE %}
     if (is_row) { lse[P.lse_from + row_number(work.b, row.x, row.y)] = lse_of(top, sum); }
 {% endif %}
-    return select(0.0, shrink / max(sum, 1.0e-37), sum > 0.0);
+    return vec2<f32>(shrink, select(0.0, 1.0 / max(sum, 1.0e-37), sum > 0.0));
 {% endif %}
 }
 
@@ -86,6 +87,16 @@ fn finish_row(work: Work, r: u32, m: f32, l: f32) -> f32 {
 // This part of a row in scratch: O, m and l.
 fn part_at(work: Work, row: vec2<u32>) -> u32 {
     return P.weights_from + (row_number(work.b, row.x, row.y) * P.splits + work.split) * (P.value_dim + 2u);
+}
+{% endif %}
+
+{% if SPLIT %}
+// Writes that row `r` sees no key of this part: `merge` reads no sums of it.
+fn write_empty(work: Work, r: u32) {
+    if (work.first + r >= work.rows) { return; }
+    let at = part_at(work, row_of(work, r)) + P.value_dim;
+    parts[at] = NEVER;
+    parts[at + 1u] = 0.0;
 }
 {% endif %}
 

@@ -106,7 +106,9 @@ fn softcapped(x: f32) -> f32 {
     // Near zero tanh(y) is y - y^3 / 3 + 2 y^5 / 15, better than most devices' tanh.
     let y = clamp(x / P.softcap, -15.0, 15.0);
     let z = y * y;
-    return P.softcap * select(tanh(y), y - y * z * (0.33333334 - 0.13333334 * z), z < 0.01);
+    let capped = P.softcap * select(tanh(y), y - y * z * (0.33333334 - 0.13333334 * z), z < 0.01);
+    // clamp may make a number of NaN, which compilers need not see by comparing it.
+    return select(capped, x, (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u);
 {% else %}
     return x;
 {% endif %}
@@ -169,7 +171,7 @@ fn sink_of(h: u32) -> f32 {
 {% endif %}
 }
 
-// The natural logarithm of the denominator, 2^top * sum.
+// The natural logarithm of the denominator, 2^top * sum; NaN where that is.
 fn lse_of(top: f32, sum: f32) -> f32 {
-    return select(P.minus_infinity, (top + log2(max(sum, 1.0e-37))) * LN_2, sum > 0.0);
+    return select((top + log2(sum)) * LN_2, P.minus_infinity, sum == 0.0);
 }

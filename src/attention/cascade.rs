@@ -20,10 +20,21 @@ pub struct Partial<'a> {
 /// of its own.
 ///
 /// # Errors
-/// [`Error::Refused`] where shapes or types do not agree.
+/// [`Error::Refused`] where shapes or types do not agree, and for f16 on a device without it.
 pub fn merge(
     recorder: &mut Recorder,
     parts: [Partial; 2],
+    into: &View,
+    lse: Option<&Tensor>,
+) -> Result<()> {
+    merge_rows(recorder, parts, None, into, lse)
+}
+
+/// [`merge`]; of parts of ragged sequences, whose rows end with the last of `cu_q`, those rows alone.
+fn merge_rows(
+    recorder: &mut Recorder,
+    parts: [Partial; 2],
+    cu_q: Option<[&Tensor; 2]>,
     into: &View,
     lse: Option<&Tensor>,
 ) -> Result<()> {
@@ -37,7 +48,8 @@ pub fn merge(
         o_at: [u32; 4],
         columns: [u32; 4],
         minus_infinity: f32,
-        unused: [u32; 3],
+        sequences: [u32; 2],
+        unused: u32,
     }
     let extents = into.extents();
     let [b, heads, rows, value_dim] = extents;
@@ -70,6 +82,10 @@ pub fn merge(
         let what = format_args!("{} of {:?}", dtype.name(), into.layout.strides);
         return Err(Error::refused("into", what, bound));
     }
+    if dtype == DType::F16 && !recorder.gpu().caps().f16 {
+        let bound = "f32 or bf16: this device has no f16 in shaders";
+        return Err(Error::refused("the storage type of into", "f16", bound));
+    }
     let read = parts.iter().flat_map(|part| [part.out, part.lse]);
     let read: Vec<&Tensor> = read.collect();
     for (name, tensor) in [("into", Some(into.tensor)), ("lse", lse)] {
@@ -96,16 +112,19 @@ pub fn merge(
         o_at: [into.layout.offset, sb, sh, sl],
         columns: [0, 0, 0, sd],
         minus_infinity: f32::NEG_INFINITY,
-        unused: [0; 3],
+        sequences: cu_q.map_or([0; 2], |cu_q| cu_q.map(|cu_q| cu_q.len() as u32 - 1)),
+        unused: 0,
     };
     let shader = Shader::new("combine")
         .with("F16", dtype == DType::F16)
         .with("O_TYPE", dtype.name())
         .with("VEC", if into.layout.aligned() { 4u32 } else { 1 })
-        .with("HAS_LSE", lse.is_some());
+        .with("HAS_LSE", lse.is_some())
+        .with("RAGGED", cu_q.is_some());
     let [a, b] = parts;
     let mut bindings = vec![a.out, a.lse, b.out, b.lse, into.tensor];
     bindings.extend(lse);
+    bindings.extend(cu_q.into_iter().flatten());
     recorder.dispatch(&shader, params, &bindings, u64::from(count).div_ceil(64))
 }
 
@@ -153,10 +172,10 @@ pub fn record_cascade(
             return Err(Error::refused(name, "given", bound));
         }
     }
-    if tensors.pages.is_none() || tensors.cu_q.is_none() {
+    let (Some(_), Some(cu_q)) = (tensors.pages, tensors.cu_q) else {
         let bound = "both given: shared keys are those of ragged sequences in pages";
         return Err(Error::refused("pages and cu_q", "absent", bound));
-    }
+    };
     let gpu: &Gpu = recorder.gpu();
     let extents = tensors.out.extents();
     let [_, heads, rows, _] = extents;
@@ -191,6 +210,7 @@ pub fn record_cascade(
     ];
     let parts = [(&before, &before_lse), (&own, &own_lse)];
     let parts = parts.map(|(out, lse)| Partial { out, lse });
-    merge(recorder, parts, &tensors.out, tensors.lse)?;
+    let ends = Some([shared.cu_q, cu_q]);
+    merge_rows(recorder, parts, ends, &tensors.out, tensors.lse)?;
     Ok(plans)
 }

@@ -74,10 +74,11 @@ fn record_own(recorder: &mut Recorder, tensors: &Tensors, plan: Plan) -> Result<
 
 /// [`record`] with scratch of the caller's: at least [`Plan::scratch`] words of 32 bits, which several
 /// recordings may share if they run one after the other. Ask [`plan()`] or [`planned_on`] how many there must
-/// be; a tuned choice that needs more than there are is left.
+/// be; a tuned choice that needs more than there are is left. Its buffer is that of no other tensor.
 ///
 /// # Errors
-/// [`Error::Refused`] for a problem that no kernel can honour, and for too little scratch.
+/// [`Error::Refused`] for a problem that no kernel can honour, for too little scratch, and for scratch in the buffer
+/// of one of the tensors.
 pub fn record_in(
     recorder: &mut Recorder,
     tensors: &Tensors,
@@ -85,7 +86,8 @@ pub fn record_in(
     scratch: &Tensor,
 ) -> Result<Plan> {
     let problem = Problem::new(tensors, options)?;
-    let has = |plan: &Plan| scratch.buffer().size() >= plan.scratch * 4;
+    problem::check_scratch(tensors, scratch)?;
+    let has = |plan: &Plan| scratch.bytes() >= plan.scratch * 4;
     let mut plan = planned_on(recorder.gpu(), &problem)?;
     if plan.tuned && !has(&plan) {
         plan = plan::plan(&problem, recorder.gpu().caps())?;
@@ -93,7 +95,7 @@ pub fn record_in(
     if !has(&plan) {
         return Err(Error::refused(
             "scratch",
-            format_args!("{} bytes", scratch.buffer().size()),
+            format_args!("{} bytes", scratch.bytes()),
             format!("this problem takes {}", plan.scratch * 4),
         ));
     }

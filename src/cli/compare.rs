@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use qkv::Result;
+use serde_json::Value;
 
 use super::bench::{Entry, Facts, Report};
 use super::say;
@@ -28,9 +29,19 @@ enum Change {
     Slower,
     Same,
     Noisy,
+    /// An answer is wrong, so that its time is of nothing.
+    Wrong,
+    /// One time by the device's clock, one by the host's, which waits too.
+    Clocks,
 }
 
-fn change(before: &Entry, after: &Entry) -> Change {
+fn change(before: &Entry, after: &Entry, has_one_clock: bool) -> Change {
+    if !before.is_right() || !after.is_right() {
+        return Change::Wrong;
+    }
+    if !has_one_clock {
+        return Change::Clocks;
+    }
     if before.ms.is_noisy() || after.ms.is_noisy() {
         return Change::Noisy;
     }
@@ -48,44 +59,52 @@ pub fn run(options: &Options) -> Result<()> {
     let after = Report::load(&options.after)?;
     if before.device != after.device {
         let [a, b] = [&before, &after].map(|run| &run.device);
-        let line = |d: &Facts| format!("{}, {}, {}", d.name, d.driver, d.backend);
-        say(format_args!(
-            "not the same device:\n  {}\n  {}\n",
-            line(a),
-            line(b)
-        ))?;
+        say(format_args!("not the same device:\n"))?;
+        for (field, a, b) in differences(a, b) {
+            say(format_args!("  {field}: {a} before, {b} after\n"))?;
+        }
     }
     say(format_args!(
         "{:32}{:12}{:>12}{:>12}{:>8}\n",
         "B,H,Hk,Q,K,D", "route", "before, ms", "after, ms", "ratio"
     ))?;
-    let mut counts = [0; 4];
-    let mut alone = 0;
-    for a in &before.entries {
-        let twin = |b: &&Entry| b.shape == a.shape && b.route == a.route;
-        let Some(b) = after.entries.iter().find(twin) else {
-            alone += 1;
-            continue;
-        };
-        let (ix, word) = match change(a, b) {
+    let mut counts = [0; 6];
+    let (pairs, alone) = before.pairs(&after);
+    for (a, b) in pairs {
+        let has_one_clock = before.is_on_devices_clock(a) == after.is_on_devices_clock(b);
+        let (ix, word) = match change(a, b, has_one_clock) {
             Change::Faster => (0, "faster"),
             Change::Slower => (1, "slower"),
             Change::Same => (2, ""),
             Change::Noisy => (3, "too noisy to tell"),
+            Change::Wrong => (4, "an answer is WRONG"),
+            Change::Clocks => (5, "not by the same clock"),
         };
         counts[ix] += 1;
         let (shape, route) = (a.shape.to_string(), &a.route);
         let (x, y) = (a.ms.median, b.ms.median);
-        let line = format!("{shape:32}{route:12}{x:12.4}{y:12.4}{:8.3}  {word}", y / x);
+        let other = match a.candidate.is_empty() || a.candidate == b.candidate {
+            true => String::new(),
+            false => format!("; {} before, {} after", a.candidate, b.candidate),
+        };
+        let said = format!("{word}{other}");
+        let said = said.trim_start_matches("; ");
+        let line = format!("{shape:32}{route:12}{x:12.4}{y:12.4}{:8.3}  {said}", y / x);
         say(format_args!("{}\n", line.trim_end()))?;
     }
-    let found = |b: &&Entry| {
-        let mut all = before.entries.iter();
-        all.any(|a| b.shape == a.shape && b.route == a.route)
-    };
-    alone += after.entries.len() - after.entries.iter().filter(found).count();
-    let [faster, slower, same, noisy] = counts;
+    let [faster, slower, same, noisy, wrong, clocks] = counts;
     say(format_args!(
-        "\n{faster} faster, {slower} slower, {same} the same within noise, {noisy} too noisy, {alone} in one run only\n"
+        "\n{faster} faster, {slower} slower, {same} the same within noise, {noisy} too noisy, {wrong} wrong, {clocks} by other clocks, \
+         {alone} in one run only\n"
     ))
+}
+
+/// What differs of two devices: which fact, and what it was.
+fn differences(before: &Facts, after: &Facts) -> Vec<(String, Value, Value)> {
+    let [before, after] = [before, after].map(|facts| serde_json::json!(facts));
+    let facts = before.as_object().into_iter().flatten();
+    let changed = facts.filter(|(name, value)| after[name.as_str()] != **value);
+    changed
+        .map(|(name, value)| (name.clone(), value.clone(), after[name.as_str()].clone()))
+        .collect()
 }

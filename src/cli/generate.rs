@@ -11,7 +11,7 @@ use qkv::model::{CausalModel, Source};
 use qkv::ops::Sampling;
 use qkv::{Error, Result};
 
-use super::{Device, ModelOptions, load, progress, say};
+use super::{Device, ModelOptions, load, progress, say_or_end};
 
 /// The most tokens that are written where none are asked for.
 const MAX_TOKENS: u32 = 256;
@@ -203,7 +203,7 @@ fn write_one(options: &Options, completer: &Completer, request: &Request) -> Res
         first.get_or_insert_with(|| started.elapsed());
         match options.json {
             true => Ok(()),
-            false => say(format_args!("{text}")),
+            false => say_or_end(format_args!("{text}")),
         }
     })?;
     let all = started.elapsed();
@@ -226,9 +226,9 @@ fn write_one(options: &Options, completer: &Completer, request: &Request) -> Res
         json["device"] = gpu.caps().name.as_str().into();
         json["device_bytes"] = counters.bytes.into();
         json["device_peak_bytes"] = counters.peak_bytes.into();
-        say(format_args!("{json}\n"))?;
+        say_or_end(format_args!("{json}\n"))?;
     } else {
-        say(format_args!("\n"))?;
+        say_or_end(format_args!("\n"))?;
     }
     eprintln!(
         "{tokens} tokens, {rate:.1} a second; {:.2} s to the first, behind {} of the prompt; {} bytes of cache",
@@ -300,7 +300,7 @@ fn write_batch(options: &Options, completer: &Completer, requests: &[Request]) -
                     continue;
                 }
             };
-            bar.suspend(|| say(format_args!("{block}")))?;
+            bar.suspend(|| say_or_end(format_args!("{block}")))?;
         }
         Ok(())
     })?;

@@ -70,6 +70,24 @@ impl Device<'_> {
         let gpu = Gpu::choose(self.wanted)?;
         Ok(if self.no_tune { gpu.untuned() } else { gpu })
     }
+
+    /// Refuses what a command does not heed that chooses no kernels.
+    fn without_plans(&self, command: &str) -> Result<()> {
+        let bound = format!("not with `qkv {command}`, which chooses no kernels");
+        match self.no_tune {
+            true => Err(Error::refused("--no-tune", "given", bound)),
+            false => Ok(()),
+        }
+    }
+
+    /// Refuses what a command does not heed that opens no device.
+    fn not_named(&self, command: &str) -> Result<()> {
+        let bound = format!("not with `qkv {command}`, which opens no device");
+        match self.wanted {
+            Some(device) => Err(Error::refused("--device", device, bound)),
+            None => Ok(()),
+        }
+    }
 }
 
 #[derive(Args)]
@@ -134,11 +152,20 @@ pub fn run() -> ExitCode {
         Command::Translate(options) => translate::run(options, device).map(succeed),
         Command::Forward(options) => forward::run(options, device).map(succeed),
         Command::Generate(options) => generate::run(options, device).map(succeed),
-        Command::Devices(options) => devices::run(options, device.wanted).map(succeed),
+        Command::Devices(options) => device
+            .without_plans("devices")
+            .and_then(|()| devices::run(options, device.wanted))
+            .map(succeed),
         Command::Tune(options) => tune::run(options, device).map(succeed),
         Command::Bench(options) => bench::run(options, device),
-        Command::Compare(options) => compare::run(options).map(succeed),
-        Command::Doctor(options) => doctor::run(options, device.wanted),
+        Command::Compare(options) => device
+            .without_plans("compare")
+            .and_then(|()| device.not_named("compare"))
+            .and_then(|()| compare::run(options))
+            .map(succeed),
+        Command::Doctor(options) => device
+            .without_plans("doctor")
+            .and_then(|()| doctor::run(options, device.wanted)),
     };
     match done {
         Ok(code) => code,
@@ -178,13 +205,27 @@ fn load<T>(gpu: &Gpu, load: impl FnOnce(&Gpu, &mut dyn FnMut(u64, u64)) -> Resul
     loaded
 }
 
-/// Writes a line to standard output. A reader that has gone ends the program in peace.
+/// Writes to standard output. A reader that has gone changes nothing: files and the exit code are still to come.
 fn say(text: std::fmt::Arguments) -> Result<()> {
+    write_out(text).map(drop)
+}
+
+/// The same of a text that goes on for as long as it is read: without a reader the program ends in peace.
+fn say_or_end(text: std::fmt::Arguments) -> Result<()> {
+    match write_out(text)? {
+        true => Ok(()),
+        false => std::process::exit(0),
+    }
+}
+
+/// Whether there was a reader.
+fn write_out(text: std::fmt::Arguments) -> Result<bool> {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
     match out.write_fmt(text).and_then(|()| out.flush()) {
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => other.map_err(|e| Error::file("standard output", e)),
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Error::file("standard output", e)),
     }
 }
 

@@ -10,7 +10,7 @@ use qkv::text::Tokenizer;
 use qkv::translate::{Translation, Translator};
 use qkv::{Error, Result};
 
-use super::{Device, ModelOptions, explain, load, progress, say};
+use super::{Device, ModelOptions, explain, load, progress, say_or_end};
 
 #[derive(Args)]
 pub struct Options {
@@ -244,7 +244,7 @@ impl Session<'_> {
                     if let (true, Some(token), true) = (stream, token, heard.is_ok())
                         && let Some(text) = streaming.push(token)
                     {
-                        heard = say(format_args!("{text}"));
+                        heard = say_or_end(format_args!("{text}"));
                     }
                 })?;
             heard?;
@@ -259,10 +259,10 @@ impl Session<'_> {
             match translation {
                 None if self.options.json => {
                     let blank = serde_json::json!({ "source": line.text, "translation": "" });
-                    say(format_args!("{blank}\n"))?
+                    say_or_end(format_args!("{blank}\n"))?
                 }
-                None => say(format_args!("\n"))?,
-                Some(_) if stream => say(format_args!("{}\n", streaming.finish()))?,
+                None => say_or_end(format_args!("\n"))?,
+                Some(_) if stream => say_or_end(format_args!("{}\n", streaming.finish()))?,
                 Some(translation) => self.show(line, &translation, decoder_steps)?,
             }
         }
@@ -289,11 +289,11 @@ impl Session<'_> {
             if let Some(attention) = explained {
                 json["steps"] = explain::json(tokenizer, attention);
             }
-            return say(format_args!("{json}\n"));
+            return say_or_end(format_args!("{json}\n"));
         }
-        say(format_args!("{}\n", translation.text))?;
+        say_or_end(format_args!("{}\n", translation.text))?;
         match explained {
-            Some(attention) => say(format_args!(
+            Some(attention) => say_or_end(format_args!(
                 "{}",
                 explain::text(tokenizer, attention, decoder_steps)
             )),

@@ -25,6 +25,14 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
     let shapes = options.shapes.iter().map(|text| text.parse());
     let mut shapes: Vec<Shape> = shapes.collect::<Result<_>>()?;
     let gpu = device.open()?;
+    let Some(path) = gpu.choices_path() else {
+        let bound = "one to save in: XDG_CACHE_HOME or HOME";
+        return Err(Error::refused(
+            "the user's cache directory",
+            "unknown",
+            bound,
+        ));
+    };
     if shapes.is_empty() {
         shapes = default_shapes(gpu.caps());
     }
@@ -37,20 +45,17 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
     }
     bar.finish_and_clear();
     gpu.save_pipelines();
-    match gpu.choices_path() {
-        Some(path) => say(format_args!("saved in {}\n", path.display())),
-        None => Err(Error::refused(
-            "the user's cache directory",
-            "unknown",
-            "one to save in: XDG_CACHE_HOME or HOME",
-        )),
-    }
+    say(format_args!("saved in {}\n", path.display()))
 }
 
 fn text(shape: &Shape, tuned: &Tuned, all: bool) -> String {
     let mut text = format!("{shape}: {tuned}\n");
     if !all {
         return text;
+    }
+    let [measured, heads] = tuned.heads;
+    if measured < heads {
+        text += &format!("    on {measured}/{heads} of its heads:\n");
     }
     for (candidate, time) in &tuned.ranking {
         let ms = time.as_secs_f64() * 1e3;

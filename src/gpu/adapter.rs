@@ -3,7 +3,7 @@
 use super::{Caps, CoopShape};
 use crate::{Error, Result};
 
-/// The environment variable that chooses a device, by number or by a part of its name.
+/// The environment variable that chooses a device, by number, or by a part of its name.
 pub const DEVICE_VARIABLE: &str = "QKV_DEVICE";
 
 /// One adapter of this machine, as `qkv devices` tells it.

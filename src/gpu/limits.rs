@@ -47,11 +47,11 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// As much as shows a device's speed: 64 MiB on a processor, else 512 MiB or what one binding takes.
+    /// As much as shows a device's speed: 256 MiB on a processor, else 512 MiB or what one binding takes.
     pub fn new(gpu: &Gpu) -> Result<Stream> {
         let caps = gpu.caps();
         let (threads, turns, bytes) = match caps.software {
-            true => (1u32 << 14, 4096, 64u64 << 20),
+            true => (1u32 << 14, 4096, 256u64 << 20),
             false => (1 << 18, 1024, 512 << 20),
         };
         // Whole turns of every thread, in f32 and in f16.

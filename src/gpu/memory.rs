@@ -135,8 +135,8 @@ impl Gpu {
     /// submitted next.
     ///
     /// # Errors
-    /// [`Error::Refused`] for more bytes than the tensor has, and for a number of them that is not whole
-    /// fours.
+    /// [`Error::Refused`] for more bytes than the tensor has, for a number of them that is not whole fours, and
+    /// for a buffer of the caller's without `COPY_DST` usage.
     pub fn write(&self, tensor: &Tensor, bytes: &[u8]) -> Result<()> {
         self.write_at(tensor, 0, bytes)
     }
@@ -144,8 +144,8 @@ impl Gpu {
     /// [`Gpu::write`] from byte `at` of the tensor on.
     ///
     /// # Errors
-    /// [`Error::Refused`] for bytes past the tensor's end, and for a place or a number of them that is not
-    /// whole fours.
+    /// [`Error::Refused`] for bytes past the tensor's end, for a place or a number of them that is not whole
+    /// fours, and for a buffer of the caller's without `COPY_DST` usage.
     pub fn write_at(&self, tensor: &Tensor, at: u64, bytes: &[u8]) -> Result<()> {
         let (n, most) = (bytes.len() as u64, tensor.bytes());
         if at.saturating_add(n) > most || !n.is_multiple_of(4) || !at.is_multiple_of(4) {
@@ -156,12 +156,18 @@ impl Gpu {
                 bound,
             ));
         }
-        self.0.queue.write_buffer(tensor.buffer(), at, bytes);
-        Ok(())
+        tensor.copies("what is written to", wgpu::BufferUsages::COPY_DST)?;
+        self.checked("a write", || {
+            self.0.queue.write_buffer(tensor.buffer(), at, bytes);
+        })
     }
 
     /// The bytes of a tensor. Waits for everything submitted before.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a buffer of the caller's without `COPY_SRC` usage.
     pub fn read(&self, tensor: &Tensor) -> Result<Vec<u8>> {
+        tensor.copies("what is read", wgpu::BufferUsages::COPY_SRC)?;
         let bytes = tensor.bytes();
         let staging = self.staging(bytes)?;
         let mut recorder = Recorder::new(self);
@@ -171,6 +177,9 @@ impl Gpu {
     }
 
     /// The elements of a tensor of floats.
+    ///
+    /// # Errors
+    /// As [`Gpu::read`].
     pub fn read_floats(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         let bytes = self.read(tensor)?;
         Ok(match tensor.dtype {
@@ -192,6 +201,9 @@ impl Gpu {
     }
 
     /// The elements of a tensor of unsigned integers.
+    ///
+    /// # Errors
+    /// As [`Gpu::read`].
     pub fn read_u32(&self, tensor: &Tensor) -> Result<Vec<u32>> {
         Ok(bytemuck::pod_collect_to_vec(&self.read(tensor)?))
     }

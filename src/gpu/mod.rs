@@ -382,12 +382,14 @@ impl Gpu {
             .stats
             .submits
             .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let index = self.0.queue.submit([encoder.finish()]);
-        self.alive()?;
-        Ok(index)
+        // A buffer of the caller's may have been destroyed or mapped since it was recorded.
+        self.checked("a submission", || self.0.queue.submit([encoder.finish()]))
     }
 
     /// Runs a recording and waits for its end.
+    ///
+    /// # Errors
+    /// [`Error::Device`] for what the device refuses of it, such as a buffer that its owner destroyed or mapped.
     pub fn run(&self, recording: &Recording) -> Result<()> {
         let index = self.submit(recording)?;
         self.wait(index)

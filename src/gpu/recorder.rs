@@ -19,6 +19,20 @@ pub(crate) struct Slice {
     pub bytes: Option<[u64; 2]>,
 }
 
+impl Slice {
+    /// The bytes to bind: where none are named, the tensor's own, whatever else its buffer holds, in whole fours; of a
+    /// tensor without elements as many as the largest element of a kernel's array takes.
+    fn range(&self) -> [u64; 2] {
+        self.bytes.unwrap_or_else(|| {
+            let bytes = match self.tensor.bytes() {
+                0 => 16,
+                bytes => bytes.next_multiple_of(4),
+            };
+            [0, bytes.min(self.tensor.buffer().size() / 4 * 4)]
+        })
+    }
+}
+
 enum Command {
     Dispatch(Dispatch),
     Copy(Tensor, wgpu::Buffer, u64),
@@ -83,13 +97,14 @@ impl<'g> Recorder<'g> {
             return Ok(());
         }
         let caps = self.gpu.caps();
-        for Slice { tensor, bytes } in &bindings {
-            let bytes = bytes.map_or(tensor.buffer().size(), |[from, to]| to - from);
+        for slice in &bindings {
+            let [from, to] = slice.range();
+            let bytes = to - from;
             if bytes > caps.max_binding {
                 return Err(Error::refused(
                     format!(
                         "a tensor of shape {:?} for `{}`",
-                        tensor.shape, shader.kernel
+                        slice.tensor.shape, shader.kernel
                     ),
                     format_args!("{bytes} bytes"),
                     format!("this device binds at most {} bytes", caps.max_binding),
@@ -148,8 +163,7 @@ impl<'g> Recorder<'g> {
                             }),
                         }];
                         entries.extend(dispatch.bindings.iter().enumerate().map(|(ix, slice)| {
-                            let [from, to] =
-                                slice.bytes.unwrap_or([0, slice.tensor.buffer().size()]);
+                            let [from, to] = slice.range();
                             wgpu::BindGroupEntry {
                                 binding: ix as u32 + 1,
                                 resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {

@@ -168,7 +168,8 @@ pub(crate) fn fingerprint() -> u64 {
     })
 }
 
-/// Whether a kernel has a function, a type, a constant or a variable of that name at its outermost level.
+/// Whether a kernel has a function, a type, a constant or a variable of that name at its outermost level, or calls one
+/// of WGSL's own by it: a caller's would take its place in silence.
 pub fn is_reserved(name: &str) -> bool {
     static NAMES: OnceLock<HashSet<&str>> = OnceLock::new();
     let names = NAMES.get_or_init(|| {
@@ -178,13 +179,22 @@ pub fn is_reserved(name: &str) -> bool {
                 .strip_prefix("fn ")
                 .or(line.strip_prefix("const "))
                 .or(line.strip_prefix("struct "))
+                .or(line.strip_prefix("alias "))
                 .or(line
                     .split_once("var<")
                     .and_then(|(_, rest)| rest.split_once("> "))
                     .map(|(_, rest)| rest));
             let end = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
             names.extend(words.and_then(|rest| rest.split(end).next()));
+            // What is called, `exp2(`, or made, `vec4<`.
+            let calls = line.match_indices(['(', '<']).filter_map(|(at, _)| {
+                let name = line[..at].rsplit(end).next()?;
+                name.starts_with(|c: char| c.is_ascii_alphabetic())
+                    .then_some(name)
+            });
+            names.extend(calls);
         }
+        names.extend(["bool", "i32", "u32", "f32", "f16"]);
         // Tensors and tables, whose declarations are made from lists.
         names.extend([
             "q",

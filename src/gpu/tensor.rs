@@ -108,7 +108,12 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor in a buffer of the caller's. The buffer needs `STORAGE` usage and must hold the shape.
+    /// A tensor in a buffer of the caller's, from its first byte on. The buffer needs `STORAGE` usage, and
+    /// `COPY_SRC` and `COPY_DST` for [`super::Gpu::read`] and [`super::Gpu::write`].
+    ///
+    /// # Errors
+    /// [`Refused`](crate::Error::Refused) for another usage, and for a buffer that does not hold the shape in whole
+    /// fours of bytes, and four at least, as kernels bind them.
     pub fn from_wgpu(buffer: wgpu::Buffer, dtype: DType, shape: &[u32]) -> crate::Result<Self> {
         let tensor = Tensor {
             storage: Arc::new(Storage {
@@ -130,12 +135,13 @@ impl Tensor {
             ));
         }
         let have = tensor.buffer().size();
-        let need = dtype.bytes(shape);
-        if need > have {
+        let need = dtype.bytes(shape).max(1).checked_next_multiple_of(4);
+        if need.is_none_or(|need| need > have) {
+            let need = need.unwrap_or(u64::MAX);
             return Err(crate::Error::refused(
                 "buffer",
                 format_args!("{have} bytes"),
-                format!("a tensor of shape {shape:?} needs {need} bytes"),
+                format!("a tensor of shape {shape:?} needs {need} bytes, in whole fours"),
             ));
         }
         Ok(tensor)
@@ -164,6 +170,16 @@ impl Tensor {
     /// Bytes of its elements.
     pub fn bytes(&self) -> u64 {
         self.dtype.bytes(&self.shape)
+    }
+
+    /// An error for a buffer, the caller's, without a usage that copying `what` takes.
+    pub(super) fn copies(&self, what: &str, usage: wgpu::BufferUsages) -> crate::Result<()> {
+        let has = self.buffer().usage();
+        if has.contains(usage) {
+            return Ok(());
+        }
+        let bound = format!("a tensor in a buffer of {usage:?} usage");
+        Err(crate::Error::refused(what, format_args!("{has:?}"), bound))
     }
 
     /// The buffer under the tensor.

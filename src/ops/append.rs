@@ -1,6 +1,6 @@
 //! What a step adds to the cache, and its queries made ready.
 
-use super::holds;
+use super::{apart, extents, holds, is_kept};
 use crate::gpu::blocks::BLOCK;
 use crate::gpu::{DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};
@@ -77,7 +77,7 @@ pub struct Append<'a> {
 /// bf16 (of even D), q8_0 or q4_0 (of whole blocks of 32), and the queries beside. Rows without a place, or past the cache's end, write none.
 ///
 /// # Errors
-/// [`Error::Refused`] for tensors that do not hold what is said of them.
+/// [`Error::Refused`] for tensors that do not hold what is said of them, and for what is written in another's buffer.
 pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
     #[repr(C)]
     #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -95,6 +95,7 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
         pad: [u32; 2],
     }
     let Append { qkv, heads, .. } = *step;
+    is_kept(recorder, "a step's queries, keys and values", qkv.dtype)?;
     let &[blocks, kv_heads, block_len, head_dim] = step.k_cache.shape.as_slice() else {
         let shape = format!("{:?}", step.k_cache.shape);
         return Err(Error::refused("a cache", shape, "four extents"));
@@ -127,6 +128,9 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
     ];
     for (what, cache) in caches {
         holds(what, cache, cache.dtype, step.k_cache.len())?;
+        if cache.dtype == DType::F16 {
+            is_kept(recorder, what, cache.dtype)?;
+        }
         let fits = match cache.dtype {
             DType::F32 | DType::F16 => true,
             DType::BF16 => head_dim.is_multiple_of(2),
@@ -175,8 +179,9 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
     }
     let mut rotary = 0;
     if let Some(turning) = step.rotary {
-        rotary = 2 * turning.turns.shape[0];
-        if rotary == 0 || rotary > head_dim {
+        let [pairs, _] = extents("turns", &turning.turns)?;
+        rotary = pairs.saturating_mul(2);
+        if rotary > head_dim {
             let bound = format!("2 to the head's {head_dim}");
             return Err(Error::refused("rotary columns", rotary, bound));
         }
@@ -192,6 +197,10 @@ pub fn append(recorder: &mut Recorder, step: &Append) -> Result<()> {
         holds("pages", pages, DType::U32, pages.len())?;
         bindings.push(pages);
     }
+    let (read, after) = (&bindings[..2], &bindings[4 + usize::from(makes_queries)..]);
+    let written = caches.into_iter();
+    let written = written.chain(step.q.map(|q| ("a step's queries", q)));
+    apart(&written.collect::<Vec<_>>(), &[read, after].concat())?;
     let types = [qkv, step.k_cache, step.v_cache].map(|tensor| tensor.dtype);
     let shader = Shader::new("append")
         .with("F16", types.contains(&DType::F16))

@@ -1,6 +1,6 @@
 //! Matrices of weights, as floats or in blocks that kernels expand while they read them.
 
-use crate::gpu::{DType, Shader, Tensor};
+use crate::gpu::{DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};
 
 /// How a matrix is stored. Blocks are of 32 rows of a column, as ggml has them along K.
@@ -184,6 +184,14 @@ impl Matrix {
 
     pub(super) fn fits_f16(&self) -> bool {
         self.fits_f16
+    }
+
+    /// An error for weights in f16 where shaders have none.
+    pub(super) fn is_kept(&self, recorder: &Recorder) -> Result<()> {
+        match self.storage {
+            Storage::F16 => super::is_kept(recorder, "a matrix", DType::F16),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn values(&self) -> &Tensor {

@@ -62,6 +62,43 @@ fn holds(what: &str, tensor: &Tensor, dtype: DType, elements: u64) -> Result<()>
     ))
 }
 
+/// An error for a type of activations that no kernel has, or that the device's shaders have not.
+fn is_kept(recorder: &Recorder, what: &str, dtype: DType) -> Result<()> {
+    let bound = match dtype {
+        DType::F32 => return Ok(()),
+        DType::F16 if recorder.gpu().caps().f16 => return Ok(()),
+        DType::F16 => "f32: this device has no f16 in shaders",
+        _ => "f32 or f16",
+    };
+    let what = format!("the type of {what}");
+    Err(Error::refused(what, dtype.name(), bound))
+}
+
+/// The extents of a tensor of so many, none of them 0.
+fn extents<const N: usize>(what: &str, tensor: &Tensor) -> Result<[u32; N]> {
+    match <[u32; N]>::try_from(tensor.shape.as_slice()) {
+        Ok(extents) if !extents.contains(&0) => Ok(extents),
+        _ => {
+            let bound = format!("{N} extents, none of them 0");
+            let shape = format_args!("{:?}", tensor.shape);
+            Err(Error::refused(format!("the shape of {what}"), shape, bound))
+        }
+    }
+}
+
+/// An error for what is written in the buffer of another tensor: no binding may be both read and written.
+fn apart(written: &[(&str, &Tensor)], read: &[&Tensor]) -> Result<()> {
+    for (ix, (what, tensor)) in written.iter().enumerate() {
+        let before = written[..ix].iter().map(|(_, other)| other);
+        let mut others = read.iter().chain(before);
+        if others.any(|other| other.buffer() == tensor.buffer()) {
+            let bound = "a buffer of its own";
+            return Err(Error::refused(*what, "in another's buffer", bound));
+        }
+    }
+    Ok(())
+}
+
 /// A dense layer's weights, `Y = X W + bias`.
 #[derive(Clone, Debug)]
 pub struct Linear {
@@ -81,7 +118,7 @@ pub struct Epilogue<'a> {
     /// W's columns come in pairs, a gate and what it lets through (Shazeer 2020): the result is
     /// activate(gate) times the other, `[M, N / 2]`.
     pub gated: bool,
-    /// Added last. As the result
+    /// Added last. As many elements as the result, of X's type
     pub residual: Option<&'a Tensor>,
     /// Not on cooperative matrices, which many rows alone go to: the bits of a row do not change with how many
     /// others there are.
@@ -116,8 +153,10 @@ impl Tile {
     fn new(m: u32, caps: &Caps) -> Tile {
         let by_lanes = passes_lanes(caps);
         let split = caps.software || m < Tile::MANY_ROWS;
-        // On a processor without lanes that pass on, 8 rows leave too few registers.
-        let most = if by_lanes || !split { 8 } else { 4 };
+        // 8 rows leave too few registers on a processor without lanes that pass on, and on GPUs but those with
+        // subgroups of 32: Intel's spill, GCN's hide no latency.
+        let of_32 = caps.subgroups.is_some_and(|(least, _)| least == 32);
+        let most = if by_lanes || (!split && of_32) { 8 } else { 4 };
         Tile {
             rows: m.next_power_of_two().min(most),
             slices: if caps.software { 1 } else { 8 },
@@ -130,6 +169,9 @@ impl Tile {
 /// Y = activate(X W + bias) + residual. X: `[M, K]`, Y: `[M, N]`, or `[M, N / 2]` where gated. Sums are in
 /// f32, and the bits of a row do not change with how many others there are; but where X and Y are f16, many rows go to
 /// cooperative matrices, if the device has them, for which weights in blocks are rounded to f16.
+///
+/// # Errors
+/// [`Error::Refused`] for tensors that do not hold what is said of them, and for a result in another's buffer.
 pub fn matmul(
     recorder: &mut Recorder,
     x: &Tensor,
@@ -138,6 +180,9 @@ pub fn matmul(
     epilogue: Epilogue,
 ) -> Result<()> {
     let (k, stride) = (linear.weight.k(), linear.weight.stride());
+    is_kept(recorder, "the rows of a matrix product", x.dtype)?;
+    is_kept(recorder, "a matrix product's result", y.dtype)?;
+    linear.weight.is_kept(recorder)?;
     let m = check_u32("a matrix product's rows", x.len() / k as u64)?;
     check_u32("a matrix product's result", m as u64 * linear.n as u64)?;
     if epilogue.gated && !linear.n.is_multiple_of(2) {
@@ -170,6 +215,16 @@ pub fn matmul(
     if let Some(residual) = epilogue.residual {
         holds("a residual", residual, x.dtype, results)?;
     }
+    let weights = [linear.weight.values()].into_iter();
+    let read = weights
+        .chain(linear.weight.scales())
+        .chain(&linear.bias)
+        .chain(epilogue.residual)
+        .chain([x]);
+    apart(
+        &[("a matrix product's result", y)],
+        &read.collect::<Vec<_>>(),
+    )?;
     let caps = recorder.gpu().caps();
     // A result in f32 would be too good for weights in blocks that are rounded to f16.
     let coarse = linear.weight.storage() != Storage::F16 && y.dtype != DType::F16;
@@ -239,12 +294,18 @@ pub struct Norm {
 }
 
 /// Y = norm(X), row by row. X, Y: `[R, d]`
+///
+/// # Errors
+/// [`Error::Refused`] for tensors that do not hold what is said of them, and for a result in another's buffer.
 pub fn norm(recorder: &mut Recorder, x: &Tensor, norm: &Norm, y: &Tensor) -> Result<()> {
     holds("a norm's result", y, x.dtype, x.len())?;
     record_norm(recorder, x, norm, None, y)
 }
 
 /// `Y[r] = norm(X[rows[r]])`: of those rows alone. X: `[R', d]`, rows: u32 `[R]`, Y: `[R, d]`
+///
+/// # Errors
+/// [`Error::Refused`] for tensors that do not hold what is said of them, and for a result in another's buffer.
 pub fn norm_rows(
     recorder: &mut Recorder,
     x: &Tensor,
@@ -252,8 +313,8 @@ pub fn norm_rows(
     rows: &Tensor,
     y: &Tensor,
 ) -> Result<()> {
-    let width = norm.gamma.shape[0] as u64;
-    holds("a norm's result", y, x.dtype, rows.len() * width)?;
+    let [width] = extents("a norm's gamma", &norm.gamma)?;
+    holds("a norm's result", y, x.dtype, rows.len() * width as u64)?;
     holds("a norm's rows", rows, DType::U32, rows.len())?;
     record_norm(recorder, x, norm, Some(rows), y)
 }
@@ -265,7 +326,8 @@ fn record_norm(
     rows: Option<&Tensor>,
     y: &Tensor,
 ) -> Result<()> {
-    let width = norm.gamma.shape[0];
+    is_kept(recorder, "a norm's input", x.dtype)?;
+    let [width] = extents("a norm's gamma", &norm.gamma)?;
     let x_rows = check_u32("a norm's input", x.len())? / width;
     let y_rows = match rows {
         Some(rows) => check_u32("a norm's result", rows.len() * width as u64)? / width,
@@ -278,6 +340,8 @@ fn record_norm(
     if let Some(beta) = &norm.beta {
         holds("a norm's beta", beta, DType::F32, width as u64)?;
     }
+    let read = [x, &norm.gamma].into_iter().chain(&norm.beta).chain(rows);
+    apart(&[("a norm's result", y)], &read.collect::<Vec<_>>())?;
     let shader = Shader::new("norm")
         .with("F16", x.dtype == DType::F16)
         .with("T", x.dtype.name())
@@ -316,6 +380,9 @@ pub enum Places<'a> {
 }
 
 /// `X[r] = scale E[id] + positions[place]`, the latter where there are any. ids: u32 `[R]`, X: `[R, d]`
+///
+/// # Errors
+/// [`Error::Refused`] for tensors that do not hold what is said of them, and for a result in another's buffer.
 pub fn embed(
     recorder: &mut Recorder,
     ids: &Tensor,
@@ -336,6 +403,8 @@ pub fn embed(
         row_len: u32,
     }
     let width = embedding.table.k();
+    is_kept(recorder, "a batch's embeddings", x.dtype)?;
+    embedding.table.is_kept(recorder)?;
     let types = [embedding.table.values().dtype, x.dtype];
     let shader = Shader::new("embed")
         .with("F16", types.contains(&DType::F16))
@@ -346,6 +415,10 @@ pub fn embed(
     let mut bindings = vec![ids, embedding.table.values(), x];
     bindings.extend(&embedding.positions);
     let row_len = match places {
+        Places::Sequence(0) => {
+            let bound = "the tokens of a row, 1 at least";
+            return Err(Error::refused("a sequence's places", 0, bound));
+        }
         Places::Sequence(len) => len,
         Places::Lengths(lengths) => {
             holds("lengths", lengths, DType::U32, ids.len())?;
@@ -363,10 +436,10 @@ pub fn embed(
         vocab: embedding.vocab,
         scale: embedding.scale,
         first_position: embedding.first_position,
-        n_positions: embedding
-            .positions
-            .as_ref()
-            .map_or(0, |table| table.shape[0]),
+        n_positions: match &embedding.positions {
+            Some(table) => extents::<2>("positions", table)?[0],
+            None => 0,
+        },
         row_len,
     };
     let elements = check_u32("a batch's embeddings", ids.len() * width as u64)? as u64;
@@ -380,11 +453,16 @@ pub fn embed(
         let bound = format!("1 to {}", params.vocab_stride);
         return Err(Error::refused("a vocabulary", embedding.vocab, bound));
     }
+    let (read, after) = (&bindings[..2], &bindings[3..]);
+    apart(&[("a batch's embeddings", x)], &[read, after].concat())?;
     recorder.dispatch(&shader, params, &bindings, elements.div_ceil(THREADS))
 }
 
 /// Beams take over their parents' histories: permutes `rows` and enters each row at its own position.
 /// parents, lengths: u32 `[R]`, rows: u32 `[R, L]`
+///
+/// # Errors
+/// [`Error::Refused`] for tensors that do not hold what is said of them, and for a result in another's buffer.
 pub fn reorder(
     recorder: &mut Recorder,
     parents: &Tensor,
@@ -392,9 +470,17 @@ pub fn reorder(
     rows: &Tensor,
     beams: u32,
 ) -> Result<()> {
-    let (sources, capacity) = (rows.shape[0] / beams, rows.shape[1]);
-    holds("parents", parents, DType::U32, rows.shape[0] as u64)?;
-    holds("lengths", lengths, DType::U32, rows.shape[0] as u64)?;
+    let [n, capacity] = extents("rows", rows)?;
+    if beams == 0 || !n.is_multiple_of(beams) {
+        let bound = format!("a divisor of the {n} rows");
+        return Err(Error::refused("beams", beams, bound));
+    }
+    let sources = n / beams;
+    check_u32("rows", rows.len())?;
+    holds("rows", rows, DType::U32, rows.len())?;
+    holds("parents", parents, DType::U32, n as u64)?;
+    holds("lengths", lengths, DType::U32, n as u64)?;
+    apart(&[("rows", rows)], &[parents, lengths])?;
     let shader = Shader::new("reorder").with("BEAMS", beams);
     let groups = (sources as u64 * capacity as u64).div_ceil(THREADS);
     recorder.dispatch(
@@ -422,8 +508,13 @@ pub struct Choice<'a> {
 }
 
 /// The most likely tokens of each row.
+///
+/// # Errors
+/// [`Error::Refused`] for tensors that do not hold what is said of them, and for a result in another's buffer.
 pub fn choose(recorder: &mut Recorder, choice: Choice) -> Result<()> {
-    let (rows, vocab) = (choice.logits.shape[0], choice.logits.shape[1]);
+    let [rows, vocab] = extents("logits", choice.logits)?;
+    let [_, mask_words] = extents("allowed tokens", choice.allowed)?;
+    let [_, candidates, _] = extents("chosen tokens", choice.chosen)?;
     let words = vocab.div_ceil(32) as u64;
     holds(
         "logits",
@@ -431,19 +522,26 @@ pub fn choose(recorder: &mut Recorder, choice: Choice) -> Result<()> {
         DType::F32,
         rows as u64 * vocab as u64,
     )?;
-    holds("allowed tokens", choice.allowed, DType::U32, 2 * words)?;
+    let masks = 2 * words.max(mask_words as u64);
+    holds("allowed tokens", choice.allowed, DType::U32, masks)?;
     holds("lengths", choice.lengths, DType::U32, rows as u64)?;
     holds("ids", choice.ids, DType::U32, rows as u64)?;
     holds(
         "chosen tokens",
         choice.chosen,
         DType::U32,
-        2 * rows as u64 * choice.chosen.shape[1] as u64,
+        2 * rows as u64 * candidates as u64,
     )?;
+    let written = [
+        ("lengths", choice.lengths),
+        ("chosen tokens", choice.chosen),
+        ("ids", choice.ids),
+    ];
+    apart(&written, &[choice.logits, choice.allowed])?;
     let shader = Shader::new("choose")
-        .with("CANDIDATES", choice.chosen.shape[1])
+        .with("CANDIDATES", candidates)
         .with("RENORMALIZE", choice.renormalize);
-    let params = [rows, vocab, choice.allowed.shape[1], 0];
+    let params = [rows, vocab, mask_words, 0];
     let bindings = [
         choice.logits,
         choice.allowed,

@@ -1,6 +1,6 @@
 //! The next token by chance.
 
-use super::holds;
+use super::{apart, extents, holds};
 use crate::gpu::{DType, Recorder, Shader, Tensor};
 use crate::{Error, Result};
 
@@ -110,8 +110,11 @@ pub struct Draw<'a> {
 }
 
 /// Draws each row's next token, by its own seed, rules and length alone.
+///
+/// # Errors
+/// [`Error::Refused`] for tensors that do not hold what is said of them, and for two in one buffer.
 pub fn sample(recorder: &mut Recorder, draw: Draw) -> Result<()> {
-    let (rows, vocab) = (draw.logits.shape[0], draw.logits.shape[1]);
+    let [rows, vocab] = extents("logits", draw.logits)?;
     let words = vocab.div_ceil(32);
     let n = rows as u64;
     holds("logits", draw.logits, DType::F32, n * vocab as u64)?;
@@ -120,6 +123,14 @@ pub fn sample(recorder: &mut Recorder, draw: Draw) -> Result<()> {
     holds("lengths", draw.lengths, DType::U32, n)?;
     holds("chosen tokens", draw.chosen, DType::U32, 2 * n)?;
     holds("ids", draw.ids, DType::U32, n)?;
+    let written = [
+        ("logits", draw.logits),
+        ("seen tokens", draw.seen),
+        ("lengths", draw.lengths),
+        ("chosen tokens", draw.chosen),
+        ("ids", draw.ids),
+    ];
+    apart(&written, &[draw.rules])?;
     let shader = Shader::new("sample")
         .with("TOP_K", draw.top_k)
         .with("TOP_P", draw.top_p);

@@ -243,6 +243,10 @@ fn attend_row(a: &Attention, answer: &mut AttentionOut, b: usize, h: usize, i: u
             continue;
         }
         if let Some(bias) = a.bias {
+            // A bias of -inf masks whatever the score is, NaN included.
+            if bias[cell] == f64::NEG_INFINITY {
+                continue;
+            }
             score += bias[cell];
         }
         if let Some(slopes) = a.alibi {
@@ -424,9 +428,12 @@ mod tests {
         assert_eq!(got.out[..12], [0.0; 12]);
         assert_eq!(got.lse[..2], [0.25; 2]);
 
+        // Whatever the keys are.
         let bias = [f64::NEG_INFINITY; 2 * 4 * 5 * 7];
+        let nan = vec![f64::NAN; x.k.len()];
         let got = attention(&Attention {
             bias: Some(&bias),
+            k: &nan,
             ..x.problem()
         });
         assert!(got.out.iter().chain(&got.weights).all(|&w| w == 0.0));

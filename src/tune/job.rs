@@ -1,5 +1,7 @@
 //! One shape on the device, and what the answer must be.
 
+use std::cell::{Cell, RefCell};
+
 use super::{KEPT_GROUPS, LONG, Shape};
 use crate::attention::{Candidate, Options, Problem, Tensors, View, plan, record_as};
 use crate::gpu::{DType, Gpu, Recorder, Recording, Tensor};
@@ -14,17 +16,19 @@ const WORK: u64 = 1 << 25;
 /// A shape's tensors, and some rows of the answer.
 pub(super) struct Job<'a> {
     pub(super) gpu: &'a Gpu,
-    shape: Shape,
+    pub(super) shape: Shape,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     mask: Option<Tensor>,
     options: Options,
-    /// The oracle's rows, by number in `out`.
-    wanted: Vec<(usize, Vec<f64>)>,
+    /// The oracle's rows, by number in `out`; those among them that candidates disagreed in.
+    wanted: RefCell<Vec<(usize, Vec<f64>)>>,
     /// What the first candidate that was right answered.
-    agreed: std::cell::RefCell<Option<Vec<f32>>>,
+    agreed: RefCell<Option<Vec<f32>>>,
+    /// Whether that proved wrong since [`Job::take_doubt`] was asked.
+    doubt: Cell<bool>,
 }
 
 /// Numbers of variance about one, the same in every run, as the storage type holds them.
@@ -44,28 +48,46 @@ fn noise(seed: u64, n: usize, dtype: DType) -> Vec<f32> {
     (0..n).map(|_| round(next())).collect()
 }
 
+/// Of q, k and v.
+fn extents(shape: &Shape) -> [[u32; 4]; 3] {
+    let &Shape {
+        batch,
+        heads,
+        kv_heads,
+        q_len,
+        k_len,
+        head_dim,
+        value_dim,
+        ..
+    } = shape;
+    [
+        [batch, heads, q_len, head_dim],
+        [batch, kv_heads, k_len, head_dim],
+        [batch, kv_heads, k_len, value_dim],
+    ]
+}
+
+/// The values of q, k and v.
+fn values(shape: &Shape) -> [Vec<f32>; 3] {
+    let extents = extents(shape);
+    [0, 1, 2].map(|ix| {
+        let n = extents[ix].iter().map(|&n| n as usize).product();
+        noise(ix as u64 + 1, n, shape.dtype)
+    })
+}
+
 impl<'a> Job<'a> {
     pub(super) fn new(gpu: &'a Gpu, shape: &Shape) -> Result<Job<'a>> {
         let &Shape {
             batch,
             heads,
-            kv_heads,
             q_len,
             k_len,
-            head_dim,
             value_dim,
             dtype,
             ..
         } = shape;
-        let shapes = [
-            [batch, heads, q_len, head_dim],
-            [batch, kv_heads, k_len, head_dim],
-            [batch, kv_heads, k_len, value_dim],
-        ];
-        let values = [0, 1, 2].map(|ix| {
-            let n = shapes[ix].iter().map(|&n| n as usize).product();
-            noise(ix as u64 + 1, n, dtype)
-        });
+        let (shapes, values) = (extents(shape), values(shape));
         let upload = |ix: usize| gpu.upload_floats("tuning", dtype, &shapes[ix], &values[ix]);
         let seen = k_len - k_len / 4;
         let cells = (0..k_len).map(|j| u8::from(j < seen));
@@ -86,12 +108,13 @@ impl<'a> Job<'a> {
                 f16_math: shape.f16_math,
                 ..Options::default()
             },
-            wanted: Vec::new(),
+            wanted: Default::default(),
             agreed: Default::default(),
+            doubt: Default::default(),
         };
         // Refuses what attention refuses, before the oracle is asked.
         plan(&job.problem()?, gpu.caps())?;
-        job.wanted = job.oracle(&values);
+        job.wanted = RefCell::new(job.oracle(&values));
         Ok(job)
     }
 
@@ -175,36 +198,45 @@ impl<'a> Job<'a> {
     }
 
     /// Some rows of the answer, from all over it, from the values of q, k and v.
-    fn oracle(&self, [q, k, v]: &[Vec<f32>; 3]) -> Vec<(usize, Vec<f64>)> {
+    fn oracle(&self, values: &[Vec<f32>; 3]) -> Vec<(usize, Vec<f64>)> {
+        let shape = &self.shape;
+        let all = shape.batch as usize * shape.heads as usize * shape.q_len as usize;
+        let row_work = u64::from(shape.k_len) * u64::from(shape.head_dim + shape.value_dim);
+        let rows = (WORK / row_work).clamp(2, ROWS).min(all as u64) as usize;
+        let numbers = (0..rows).map(|n| n * (all - 1) / (rows - 1).max(1));
+        numbers.map(|row| (row, self.exact(row, values))).collect()
+    }
+
+    /// A row of the answer.
+    fn exact(&self, row: usize, [q, k, v]: &[Vec<f32>; 3]) -> Vec<f64> {
         let shape = &self.shape;
         let (d, dv) = (shape.head_dim as usize, shape.value_dim as usize);
         let (q_len, k_len) = (shape.q_len as usize, shape.k_len as usize);
         let group = (shape.heads / shape.kv_heads) as usize;
-        let all = shape.batch as usize * shape.heads as usize * q_len;
-        let row_work = k_len as u64 * (d + dv) as u64;
-        let rows = (WORK / row_work).clamp(2, ROWS).min(all as u64) as usize;
         let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
         let mask: Vec<bool> = (0..k_len).map(|j| j < k_len - k_len / 4).collect();
-        let numbers = (0..rows).map(|n| n * (all - 1) / (rows - 1).max(1));
-        let answers = numbers.map(|row| {
-            let kv = row / q_len / group * k_len;
-            let position = [(row % q_len + k_len) as i64 - q_len as i64];
-            let (q, k) = (wide(&q[row * d..][..d]), wide(&k[kv * d..][..k_len * d]));
-            let v = wide(&v[kv * dv..][..k_len * dv]);
-            let left = shape.window.map_or(-1, i64::from);
-            let want = reference::attention(&Attention {
-                causal: shape.causal,
-                window: (left, -1),
-                mask: shape.masked.then_some(&mask[..]),
-                offset: Offset::PerRow(&position),
-                ..Attention::new([1, 1, 1, d], [1, 1, k_len, dv], &q, &k, &v)
-            });
-            (row, want.out)
+        let kv = row / q_len / group * k_len;
+        let position = [(row % q_len + k_len) as i64 - q_len as i64];
+        let (q, k) = (wide(&q[row * d..][..d]), wide(&k[kv * d..][..k_len * d]));
+        let v = wide(&v[kv * dv..][..k_len * dv]);
+        let left = shape.window.map_or(-1, i64::from);
+        let want = reference::attention(&Attention {
+            causal: shape.causal,
+            window: (left, -1),
+            mask: shape.masked.then_some(&mask[..]),
+            offset: Offset::PerRow(&position),
+            ..Attention::new([1, 1, 1, d], [1, 1, k_len, dv], &q, &k, &v)
         });
-        answers.collect()
+        want.out
     }
 
-    /// Runs a candidate; or says in what its answer is wrong.
+    /// Whether what others were held against proved wrong since this was asked: they have to be checked again.
+    pub(super) fn take_doubt(&self) -> bool {
+        self.doubt.take()
+    }
+
+    /// Runs a candidate; or says in what its answer is wrong. Where it differs from what the others agreed on, the
+    /// oracle says who is right.
     pub(super) fn check(&self, recording: &Recording) -> Result<std::result::Result<(), String>> {
         // What is not written stays NaN, in every type.
         let bytes = self.out.bytes() as usize / 4 * 4;
@@ -212,27 +244,41 @@ impl<'a> Job<'a> {
         self.gpu.run(recording)?;
         let got = self.gpu.read_floats(&self.out)?;
         let dv = self.shape.value_dim as usize;
-        for (row, want) in &self.wanted {
-            let got = got[row * dv..][..dv].iter().map(|&x| f64::from(x));
-            if let Some(off) = self.off(got, want.iter().copied()) {
-                return Ok(Err(format!(
-                    "row {row} is off by {off:.1} times what is allowed"
-                )));
+        let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        let wrong = |got: &[f32], row: usize, want: &[f64]| {
+            let got = wide(&got[row * dv..][..dv]);
+            let off = self.off(got.into_iter(), want.iter().copied());
+            off.map(|off| format!("row {row} is off by {off:.1} times what is allowed"))
+        };
+        let mut wanted = self.wanted.borrow_mut();
+        for (row, want) in wanted.iter() {
+            if let Some(why) = wrong(&got, *row, want) {
+                return Ok(Err(why));
             }
         }
         let mut agreed = self.agreed.borrow_mut();
-        let agreed = agreed.get_or_insert_with(|| got.clone());
-        for (row, (got, agreed)) in got.chunks(dv).zip(agreed.chunks(dv)).enumerate() {
-            let wide = |values: &'_ [f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
-            // Each may be off from what is right.
-            let off = self.off(wide(got).into_iter(), wide(agreed).into_iter());
-            if let Some(off) = off.filter(|&off| off.is_nan() || off > 2.0) {
-                return Ok(Err(format!(
-                    "row {row} differs from the others' by {off:.1} times what is allowed"
-                )));
-            }
+        let Some(known) = agreed.as_ref() else {
+            *agreed = Some(got);
+            return Ok(Ok(()));
+        };
+        // Each may be off from what is right.
+        let rows = got.chunks(dv).zip(known.chunks(dv));
+        let mut differs = rows.map(|(got, known)| {
+            let off = self.off(wide(got).into_iter(), wide(known).into_iter());
+            off.is_some_and(|off| off.is_nan() || off > 2.0)
+        });
+        let Some(row) = differs.position(|differs| differs) else {
+            return Ok(Ok(()));
+        };
+        let want = self.exact(row, &values(&self.shape));
+        let (why, is_known_wrong) = (wrong(&got, row, &want), wrong(known, row, &want).is_some());
+        wanted.push((row, want));
+        if is_known_wrong {
+            // Those before this one were held against it.
+            self.doubt.set(true);
+            *agreed = why.is_none().then_some(got);
         }
-        Ok(Ok(()))
+        Ok(why.map_or(Ok(()), Err))
     }
 
     /// How many times what is allowed a row is off, where it is off by more: the rounding of the result,
@@ -286,11 +332,33 @@ mod tests {
         let said = job.check(&wrong).unwrap().unwrap_err();
         assert!(said.contains("row 0 is off"), "{said}");
         // The last row sees all keys either way.
-        job.wanted.retain(|(row, _)| *row == 39);
-        assert_eq!(job.wanted.len(), 1);
+        fn last(job: &mut Job) {
+            let wanted = job.wanted.get_mut();
+            wanted.retain(|(row, _)| *row == 39);
+            assert_eq!(wanted.len(), 1);
+        }
+        last(&mut job);
         assert_eq!(job.check(&right).unwrap(), Ok(()));
         let said = job.check(&wrong).unwrap().unwrap_err();
-        assert!(said.contains("row 0 differs"), "{said}");
+        assert!(said.contains("row 0 is off"), "{said}");
+        assert!(!job.take_doubt());
+        // The other way round: what came first is found out, and does not come again.
+        *job.agreed.get_mut() = None;
+        last(&mut job);
+        assert_eq!(job.check(&wrong).unwrap(), Ok(()));
+        assert_eq!(job.check(&right).unwrap(), Ok(()));
+        assert!(job.take_doubt() && !job.take_doubt());
+        assert!(job.check(&wrong).unwrap().is_err());
+        assert_eq!(job.check(&right).unwrap(), Ok(()));
+        // So it is in a contest.
+        *job.agreed.get_mut() = None;
+        last(&mut job);
+        let mut contest = super::super::Contest::new(job);
+        contest.admit(candidate, wrong).unwrap();
+        assert_eq!((contest.entries.len(), contest.rejected.len()), (1, 0));
+        contest.admit(candidate, right).unwrap();
+        assert_eq!((contest.entries.len(), contest.rejected.len()), (1, 1));
+        assert!(contest.rejected[0].1.contains("row 0 is off"));
     }
 
     #[test]

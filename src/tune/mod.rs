@@ -7,7 +7,7 @@
 //! everything to the table.
 //!
 //! Candidates are data ([`Candidate`]). Each is run once, held against the f64 oracle in some rows and
-//! against the others everywhere, and only then timed: on the device's clock where it has one, in turns, by
+//! against the others everywhere, the oracle once more where they differ, and only then timed: on the device's clock where it has one, in turns, by
 //! the median of several; losers are dropped after few. First the kernels, then the best one's splits.
 
 mod job;
@@ -32,8 +32,11 @@ pub struct Tuned {
     pub chosen: Candidate,
     /// What the table by capabilities takes.
     pub table: Candidate,
-    /// All that were timed: those that were to the end, the fastest first, then those that were dropped. Where
-    /// a shape was too large, the times are those of a part of its heads.
+    /// Heads of all batch rows that were measured, and that there are: a shape that takes long is measured on a part
+    /// of them.
+    pub heads: [u32; 2],
+    /// All that were timed, on those heads: those that were to the end, the fastest first, then those that were
+    /// dropped.
     pub ranking: Vec<(Candidate, Duration)>,
     /// What was not timed, and why: a wrong answer, or a refusal of the device's.
     pub rejected: Vec<(Candidate, String)>,
@@ -88,6 +91,7 @@ pub fn measure(gpu: &Gpu, shape: &Shape) -> Result<Tuned> {
         Some(part) => part,
         None => job,
     });
+    let heads = [&contest.job.shape, shape].map(|shape| shape.batch.saturating_mul(shape.heads));
     contest.first = first;
     for candidate in kernels {
         contest.enter(candidate)?;
@@ -107,6 +111,7 @@ pub fn measure(gpu: &Gpu, shape: &Shape) -> Result<Tuned> {
         bucket,
         chosen: contest.best(table).unwrap_or(table),
         table,
+        heads,
         ranking: contest.ranking(),
         rejected: contest.rejected,
         first: contest.first,
@@ -126,9 +131,13 @@ impl std::fmt::Display for Tuned {
             write!(f, "; {:.3} ms", ms(time))?;
         }
         let mut others = self.ranking.iter();
-        match others.find(|(candidate, _)| *candidate != self.chosen) {
-            Some((other, time)) => write!(f, ", and {:.3} ms by {other}", ms(time)),
-            None => Ok(()),
+        if let Some((other, time)) = others.find(|(candidate, _)| *candidate != self.chosen) {
+            write!(f, ", and {:.3} ms by {other}", ms(time))?;
+        }
+        let [measured, all] = self.heads;
+        match measured == all || self.ranking.is_empty() {
+            true => Ok(()),
+            false => write!(f, "; of {measured}/{all} of its heads"),
         }
     }
 }
@@ -203,6 +212,14 @@ impl<'a> Contest<'a> {
                 seconds: Vec::new(),
             }),
             Err(why) => self.reject(candidate, why),
+        }
+        while self.job.take_doubt() {
+            for entry in std::mem::take(&mut self.entries) {
+                match self.job.check(&entry.recording)? {
+                    Ok(()) => self.entries.push(entry),
+                    Err(why) => self.reject(entry.candidate, why),
+                }
+            }
         }
         Ok(())
     }
@@ -298,6 +315,31 @@ impl<'a> Contest<'a> {
 mod tests {
     use super::*;
     use crate::attention::{Options, Route, Subgroups};
+
+    #[test]
+    fn times_of_a_part_of_the_heads_say_so() {
+        let chosen: Candidate = "prefill, 2 rows".parse().unwrap();
+        let other: Candidate = "prefill, 1 rows".parse().unwrap();
+        let ranking = [(chosen, 1250), (other, 1500)];
+        let mut tuned = Tuned {
+            bucket: String::new(),
+            chosen,
+            table: other,
+            heads: [8, 32],
+            ranking: ranking.map(|(c, us)| (c, Duration::from_micros(us))).into(),
+            rejected: Vec::new(),
+            first: Duration::ZERO,
+            measured: Duration::ZERO,
+        };
+        let text = tuned.to_string();
+        let times = "prefill, 2 rows; 1.250 ms, and 1.500 ms by prefill, 1 rows";
+        assert_eq!(text, format!("{times}; of 8/32 of its heads"));
+        // What reads it back takes what stands before.
+        let back: Candidate = text.split(';').next().unwrap().parse().unwrap();
+        assert_eq!(back, chosen);
+        tuned.heads = [32, 32];
+        assert_eq!(tuned.to_string(), times);
+    }
 
     #[test]
     fn a_wrong_candidate_is_thrown_out_however_fast_it_is() {

@@ -1,7 +1,7 @@
 //! Parts of problems: merged results, bindings by slice, launches of bounded work, long keys.
 
 use proptest::prelude::*;
-use qkv::attention::{Partial, merge};
+use qkv::attention::{Partial, SharedKeys, merge, record_cascade};
 
 use super::problems::refused;
 use super::*;
@@ -106,6 +106,21 @@ fn partial_results_merge_into_the_whole_in_any_order() {
 }
 
 #[test]
+fn merging_into_f16_is_refused_where_there_is_none() {
+    let plain = gpu().narrowed(gpu().caps().without_f16());
+    let make = |dtype, shape: &[u32]| gpu().empty("tensor", dtype, shape).unwrap();
+    let (out, lse) = (make(F32, &[1, 1, 3, 4]), make(F32, &[1, 1, 3]));
+    let into = make(F16, &[1, 1, 3, 4]);
+    let part = Partial {
+        out: &out,
+        lse: &lse,
+    };
+    let mut recorder = Recorder::new(&plain);
+    let result = merge(&mut recorder, [part; 2], &View::bhld(&into).unwrap(), None);
+    assert_eq!(refused(result), "the storage type of into");
+}
+
+#[test]
 fn problems_beyond_a_binding_are_cut_into_parts() {
     let full = gpu().caps();
     let case = Case {
@@ -132,6 +147,111 @@ fn problems_beyond_a_binding_are_cut_into_parts() {
         prepared.run(None, None, Some(Stage::Biased)).unwrap();
     }
     assert_eq!(parts, [3, 2, 1, 9, 2, 1, 18, 6, 3]);
+    // A mask of each head's own is cut along the KV heads, on the prefill route too.
+    let case = Case {
+        mask: Some([true; 4]),
+        ..Case::new([1, 1], [4, 2], [64, 64], [4, 4])
+    };
+    let narrow = gpu().narrowed(Caps {
+        max_binding: 10_000,
+        storage_align: 256,
+        ..full.clone()
+    });
+    let prepared = Prepared::new(gpu(), &case, 2).on(&narrow);
+    let answer = prepared.run(Some(Route::Prefill), None, None).unwrap();
+    let kernels = answer.plan.launches.iter().map(|one| one.shader.kernel);
+    assert_eq!(kernels.filter(|&kernel| kernel == "block_map").count(), 2);
+}
+
+/// Rows behind the last sequence keep what they held, and those behind the last group have their own keys alone.
+#[test]
+fn a_cascade_writes_the_rows_of_its_sequences_alone() {
+    let (d, page) = (16, 4);
+    let values: Vec<f32> = (0..6 * page * d).map(|n| (n % 7) as f32 / 7.0).collect();
+    let upload = |shape: &[u32]| {
+        let n = shape.iter().product::<u32>() as usize;
+        gpu()
+            .upload_floats("input", F32, shape, &values[..n])
+            .unwrap()
+    };
+    let (q, pool) = (upload(&[1, 1, 4, d]), upload(&[6, 1, page, d]));
+    let integers = |values: &[u32]| {
+        gpu()
+            .upload_u32("integers", &[values.len() as u32], values)
+            .unwrap()
+    };
+    let pages = |values: &[u32]| {
+        gpu()
+            .upload_u32("pages", &[values.len() as u32, 1], values)
+            .unwrap()
+    };
+    // Rows 0 and 1 are of sequences, the first alone of a group.
+    let (cu_q, own, lengths) = (integers(&[0, 1, 2]), pages(&[1, 2]), integers(&[3, 4]));
+    let (of_group, shared, shared_len) = (integers(&[0, 1]), pages(&[0]), integers(&[4]));
+    let run = |cascade: bool| -> [Vec<f32>; 2] {
+        let held = vec![7.5; 4 * d as usize];
+        let out = gpu()
+            .upload_floats("out", F32, &[1, 1, 4, d], &held)
+            .unwrap();
+        let lse = gpu()
+            .upload_floats("lse", F32, &[1, 1, 4], &held[..4])
+            .unwrap();
+        let view = |tensor| View::bhld(tensor).unwrap();
+        let tensors = Tensors {
+            pages: Some(&own),
+            kv_len: Some(&lengths),
+            cu_q: Some(&cu_q),
+            lse: Some(&lse),
+            ..Tensors::new(view(&q), view(&pool), view(&pool), view(&out))
+        };
+        let keys = SharedKeys {
+            pages: &shared,
+            kv_len: &shared_len,
+            cu_q: &of_group,
+        };
+        let mut recorder = Recorder::new(gpu());
+        let options = Options::default();
+        match cascade {
+            true => drop(record_cascade(&mut recorder, &tensors, &keys, &options).unwrap()),
+            false => drop(record(&mut recorder, &tensors, &options).unwrap()),
+        }
+        gpu().run(&recorder.finish().unwrap()).unwrap();
+        [&out, &lse].map(|tensor| gpu().read_floats(tensor).unwrap())
+    };
+    let ([out, lse], [own, own_lse]) = (run(true), run(false));
+    let row = |n: usize| n * d as usize..(n + 1) * d as usize;
+    assert_eq!((&out[row(1)], lse[1]), (&own[row(1)], own_lse[1]));
+    assert_ne!((&out[row(0)], lse[0]), (&own[row(0)], own_lse[0]));
+    assert!(
+        out[row(2).start..]
+            .iter()
+            .chain(&lse[2..])
+            .all(|&x| x == 7.5)
+    );
+}
+
+#[test]
+fn no_query_at_all_records_nothing_wrong() {
+    let make = |shape: &[u32]| gpu().empty("tensor", F32, shape).unwrap();
+    let [q, out] = [(); 2].map(|()| make(&[1, 1, 0, 16]));
+    let k = make(&[1, 1, 4096, 16]);
+    let cu_q = gpu().upload_u32("cu_q", &[3], &[0; 3]).unwrap();
+    let cu_k = gpu().upload_u32("cu_k", &[3], &[0, 2048, 4096]).unwrap();
+    for route in Route::ALL.map(Some).into_iter().chain([None]) {
+        let view = |tensor| View::bhld(tensor).unwrap();
+        let tensors = Tensors {
+            cu_q: Some(&cu_q),
+            cu_k: Some(&cu_k),
+            ..Tensors::new(view(&q), view(&k), view(&k), view(&out))
+        };
+        let options = Options {
+            route,
+            ..Options::default()
+        };
+        let mut recorder = Recorder::new(gpu());
+        record(&mut recorder, &tensors, &options).unwrap();
+        gpu().run(&recorder.finish().unwrap()).unwrap();
+    }
 }
 
 #[test]
@@ -188,35 +308,78 @@ fn a_hundred_thousand_keys_equal_the_oracle() {
 
 #[test]
 fn a_nan_reaches_the_rows_that_see_it_and_no_other() {
-    // Value 20 is NaN: queries 0 .. 19 of a causal problem do not see it, the others do.
+    // Key or value 20 is NaN: queries 0 .. 19 of a causal problem do not see it, the others do.
     let shape = [1, 2, 40, 16];
     let mut values = vec![0.25; 2 * 40 * 16];
-    let q = gpu().upload_floats("q", F32, &shape, &values).unwrap();
+    let sound = gpu().upload_floats("q", F32, &shape, &values).unwrap();
     values[20 * 16..21 * 16].fill(f32::NAN);
-    let v = gpu().upload_floats("v", F32, &shape, &values).unwrap();
-    for route in Route::ALL {
-        let out = gpu().empty("out", F32, &shape).unwrap();
-        let tensors = Tensors::new(
-            View::bhld(&q).unwrap(),
-            View::bhld(&q).unwrap(),
-            View::bhld(&v).unwrap(),
-            View::bhld(&out).unwrap(),
-        );
-        let options = Options {
-            causal: true,
-            route: Some(route),
-            ..Options::default()
-        };
+    let with_nan = gpu().upload_floats("v", F32, &shape, &values).unwrap();
+    for (route, softcap) in Route::ALL
+        .into_iter()
+        .flat_map(|route| [(route, None), (route, Some(3.0))])
+    {
+        for in_keys in [false, true] {
+            let out = gpu().empty("out", F32, &shape).unwrap();
+            let lse = gpu().empty("lse", F32, &shape[..3]).unwrap();
+            let view = |tensor| View::bhld(tensor).unwrap();
+            let [k, v] = match in_keys {
+                true => [&with_nan, &sound],
+                false => [&sound, &with_nan],
+            };
+            let tensors = Tensors {
+                lse: Some(&lse),
+                ..Tensors::new(view(&sound), view(k), view(v), view(&out))
+            };
+            let options = Options {
+                causal: true,
+                softcap,
+                route: Some(route),
+                ..Options::default()
+            };
+            let mut recorder = Recorder::new(gpu());
+            record(&mut recorder, &tensors, &options).unwrap();
+            gpu().run(&recorder.finish().unwrap()).unwrap();
+            let got = gpu().read_floats(&out).unwrap();
+            let lse = gpu().read_floats(&lse).unwrap();
+            for (row, (values, lse)) in got.chunks(16).zip(lse).enumerate() {
+                let seen = (20..40).contains(&row);
+                assert!(
+                    values.iter().all(|x| x.is_nan() == seen) && lse.is_nan() == (seen && in_keys),
+                    "{route:?} {softcap:?} {in_keys} row {row}: {values:?}, LSE {lse}"
+                );
+            }
+        }
+    }
+}
+
+/// A part that is NaN makes the whole so.
+#[test]
+fn a_nan_is_not_lost_in_merging() {
+    let upload = |shape: &[u32], x| gpu().upload_floats("part", F32, shape, &[x; 4]).unwrap();
+    let (sound, lse) = (
+        upload(&[1, 1, 1, 4], 0.5),
+        gpu().upload_floats("lse", F32, &[1, 1, 1], &[0.0]).unwrap(),
+    );
+    let (nan, nan_lse) = (
+        upload(&[1, 1, 1, 4], f32::NAN),
+        gpu()
+            .upload_floats("lse", F32, &[1, 1, 1], &[f32::NAN])
+            .unwrap(),
+    );
+    for parts in [
+        [(&sound, &lse), (&nan, &nan_lse)],
+        [(&nan, &nan_lse), (&sound, &lse)],
+    ] {
+        let result = gpu().empty("out", F32, &[1, 1, 1, 4]).unwrap();
+        let into = View::bhld(&result).unwrap();
+        let whole = gpu().empty("lse", F32, &[1, 1, 1]).unwrap();
         let mut recorder = Recorder::new(gpu());
-        record(&mut recorder, &tensors, &options).unwrap();
+        let parts = parts.map(|(out, lse)| Partial { out, lse });
+        merge(&mut recorder, parts, &into, Some(&whole)).unwrap();
         gpu().run(&recorder.finish().unwrap()).unwrap();
-        let got = gpu().read_floats(&out).unwrap();
-        for (row, values) in got.chunks(16).enumerate() {
-            let seen = (20..40).contains(&row);
-            assert!(
-                values.iter().all(|x| x.is_nan() == seen),
-                "{route:?} row {row}: {values:?}"
-            );
+        for tensor in [&result, &whole] {
+            let got = gpu().read_floats(tensor).unwrap();
+            assert!(got.iter().all(|x| x.is_nan()), "{got:?}");
         }
     }
 }
@@ -247,6 +410,20 @@ fn functions_that_do_not_fit_are_refused_with_the_callers_line() {
             score("return s;") + "\n@compute @workgroup_size(1) fn go() {}",
             "entry point",
         ),
+        // What a kernel calls, of WGSL's own and of those that its templates make.
+        (
+            score("return s;") + "\nfn exp2(x: f32) -> f32 { return x; }",
+            "exp2",
+        ),
+        (
+            score("return s;") + "\nfn load_q(x: f32) -> f32 { return x; }",
+            "load_q",
+        ),
+        (
+            score("return s;")
+                + "\n/*\n@group(0) @binding(1) var<storage, read> x: array<f32>;\n*/",
+            "@group",
+        ),
     ] {
         for extra in [false, true] {
             let mut tensors = parts.tensors();
@@ -261,7 +438,7 @@ fn functions_that_do_not_fit_are_refused_with_the_callers_line() {
             assert!(said.contains(word), "{text}: {said}");
         }
     }
-    for name in ["", "fn", "kv_len", "a b", "score"] {
+    for name in ["", "fn", "kv_len", "a b", "score", "max", "store_o"] {
         let mut tensors = parts.tensors();
         tensors.extra = vec![(name, &table)];
         let options = Options {

@@ -3,6 +3,7 @@
 //! A case runs on every route, by the plan's own choice, and with its weights: five runs. Each test
 //! prints and asserts how many runs there were.
 
+mod buffers;
 #[path = "../support/compare.rs"]
 mod compare;
 mod coop;

@@ -343,67 +343,79 @@ fn a_batch_invariant_row_does_not_change_with_its_neighbours() {
     let (heads, kv_heads, d) = (4u32, 2u32, 16u32);
     let mut random = grid::Random::new(5);
     let mut noise = |n: u32| -> Vec<f32> { (0..n).map(|_| random.float() as f32).collect() };
-    // Head-major rows of the sequence that is watched: 3 queries, 1100 keys.
-    let own = [(heads, 3), (kv_heads, 1100), (kv_heads, 1100)].map(|(h, l)| noise(h * l * d));
-    let mut run = |before: [u32; 2], after: [u32; 2]| -> Vec<u32> {
-        let mut build = |own: &[f32], h: u32, l: u32, ix: usize| {
-            let all = before[ix] + l + after[ix];
-            let mut cells = noise(h * all * d);
-            for head in 0..h {
-                let to = ((head * all + before[ix]) * d) as usize;
-                let from = (head * l * d) as usize;
-                let n = (l * d) as usize;
-                cells[to..to + n].copy_from_slice(&own[from..from + n]);
-            }
-            gpu()
-                .upload_floats("ragged", F32, &[1, h, all, d], &cells)
-                .unwrap()
+    // Keys in two parts, and in one that others' lengths put beside empty ones; with a sink above every score.
+    for (keys, sinks) in [(1100u32, false), (300, false), (300, true)] {
+        // Head-major rows of the sequence that is watched: 3 queries.
+        let own = [(heads, 3), (kv_heads, keys), (kv_heads, keys)].map(|(h, l)| noise(h * l * d));
+        let sink = gpu()
+            .upload_floats("sinks", F32, &[heads], &[5.0; 4])
+            .unwrap();
+        let mut run = |before: [u32; 2], after: [u32; 2]| -> Vec<u32> {
+            let mut build = |own: &[f32], h: u32, l: u32, ix: usize| {
+                let all = before[ix] + l + after[ix];
+                let mut cells = noise(h * all * d);
+                for head in 0..h {
+                    let to = ((head * all + before[ix]) * d) as usize;
+                    let from = (head * l * d) as usize;
+                    let n = (l * d) as usize;
+                    cells[to..to + n].copy_from_slice(&own[from..from + n]);
+                }
+                gpu()
+                    .upload_floats("ragged", F32, &[1, h, all, d], &cells)
+                    .unwrap()
+            };
+            let q = build(&own[0], heads, 3, 0);
+            let k = build(&own[1], kv_heads, keys, 1);
+            let v = build(&own[2], kv_heads, keys, 1);
+            let cu = |n: u32, ix: usize| {
+                let ends = [0, before[ix], before[ix] + n, before[ix] + n + after[ix]];
+                gpu().upload_u32("cu", &[4], &ends).unwrap()
+            };
+            let (cu_q, cu_k) = (cu(3, 0), cu(keys, 1));
+            let out = gpu().empty("out", F32, q.shape()).unwrap();
+            let tensors = Tensors {
+                cu_q: Some(&cu_q),
+                cu_k: Some(&cu_k),
+                sinks: sinks.then_some(&sink),
+                ..Tensors::new(
+                    View::bhld(&q).unwrap(),
+                    View::bhld(&k).unwrap(),
+                    View::bhld(&v).unwrap(),
+                    View::bhld(&out).unwrap(),
+                )
+            };
+            let options = Options {
+                causal: true,
+                window: [Some(700), None],
+                batch_invariant: true,
+                ..Options::default()
+            };
+            let mut recorder = Recorder::new(gpu());
+            record(&mut recorder, &tensors, &options).unwrap();
+            gpu().run(&recorder.finish().unwrap()).unwrap();
+            let all = gpu().read_floats(&out).unwrap();
+            let len = (before[0] + 3 + after[0]) as usize;
+            let row = |head: usize| {
+                &all[(head * len + before[0] as usize) * d as usize..][..3 * d as usize]
+            };
+            (0..heads as usize)
+                .flat_map(row)
+                .map(|x| x.to_bits())
+                .collect()
         };
-        let q = build(&own[0], heads, 3, 0);
-        let k = build(&own[1], kv_heads, 1100, 1);
-        let v = build(&own[2], kv_heads, 1100, 1);
-        let cu = |n: u32, ix: usize| {
-            let ends = [0, before[ix], before[ix] + n, before[ix] + n + after[ix]];
-            gpu().upload_u32("cu", &[4], &ends).unwrap()
-        };
-        let (cu_q, cu_k) = (cu(3, 0), cu(1100, 1));
-        let out = gpu().empty("out", F32, q.shape()).unwrap();
-        let tensors = Tensors {
-            cu_q: Some(&cu_q),
-            cu_k: Some(&cu_k),
-            ..Tensors::new(
-                View::bhld(&q).unwrap(),
-                View::bhld(&k).unwrap(),
-                View::bhld(&v).unwrap(),
-                View::bhld(&out).unwrap(),
-            )
-        };
-        let options = Options {
-            causal: true,
-            window: [Some(700), None],
-            batch_invariant: true,
-            ..Options::default()
-        };
-        let mut recorder = Recorder::new(gpu());
-        record(&mut recorder, &tensors, &options).unwrap();
-        gpu().run(&recorder.finish().unwrap()).unwrap();
-        let all = gpu().read_floats(&out).unwrap();
-        let len = (before[0] + 3 + after[0]) as usize;
-        let row =
-            |head: usize| &all[(head * len + before[0] as usize) * d as usize..][..3 * d as usize];
-        (0..heads as usize)
-            .flat_map(row)
-            .map(|x| x.to_bits())
-            .collect()
-    };
-    let alone = run([0, 0], [0, 0]);
-    assert_eq!(alone.len(), 4 * 3 * 16);
-    for (before, after) in [
-        ([1, 5], [0, 0]),
-        ([7, 900], [2, 40]),
-        ([0, 0], [50, 3000]),
-        ([3, 0], [1, 1]),
-    ] {
-        assert_eq!(run(before, after), alone, "{before:?} {after:?}");
+        let alone = run([0, 0], [0, 0]);
+        assert_eq!(alone.len(), 4 * 3 * 16);
+        for (before, after) in [
+            ([1, 5], [0, 0]),
+            ([7, 900], [2, 40]),
+            ([0, 0], [50, 3000]),
+            ([3, 0], [1, 1]),
+        ] {
+            assert_eq!(
+                run(before, after),
+                alone,
+                "{before:?} {after:?} {keys} {sinks}"
+            );
+        }
     }
 }

@@ -349,6 +349,10 @@ fn appends_that_do_not_fit_are_refused() {
         turns: make(DType::U32, &[4, 2]),
         ..rotary.clone()
     };
+    let [turnless, flat_turns] = [&[][..], &[2]].map(|shape| Rotary {
+        turns: make(DType::U32, shape),
+        ..rotary.clone()
+    });
     let (flat, few_queries) = (make(f32, &[60]), make(f32, &[1, 12]));
     for (bad, word) in [
         (Append { q: None, ..good }, "queries"),
@@ -408,6 +412,27 @@ fn appends_that_do_not_fit_are_refused() {
                 ..good
             },
             "rotary columns",
+        ),
+        (
+            Append {
+                rotary: Some(&turnless),
+                ..good
+            },
+            "the shape of turns",
+        ),
+        (
+            Append {
+                rotary: Some(&flat_turns),
+                ..good
+            },
+            "the shape of turns",
+        ),
+        (
+            Append {
+                v_cache: &k,
+                ..good
+            },
+            "the values' cache is in another's buffer",
         ),
         (
             Append {

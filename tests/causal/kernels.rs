@@ -189,3 +189,184 @@ fn gated(
         "written past the end"
     );
 }
+
+/// What a refusal says.
+#[track_caller]
+fn refused(record: impl FnOnce(&mut Recorder) -> qkv::Result<()>) -> String {
+    match record(&mut Recorder::new(gpu())) {
+        Err(error @ qkv::Error::Refused { .. }) => error.to_string(),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+fn empty(dtype: DType, shape: &[u32]) -> Tensor {
+    gpu().empty("test", dtype, shape).unwrap()
+}
+
+#[test]
+fn shapes_that_no_kernel_can_read_are_refused() {
+    let (x, y) = (empty(DType::F32, &[4, 8]), empty(DType::F32, &[4, 8]));
+    let rows = empty(DType::U32, &[4]);
+    for shape in [&[0][..], &[], &[2, 4]] {
+        let norm = Norm {
+            gamma: empty(DType::F32, shape),
+            beta: None,
+            eps: 1e-5,
+        };
+        for said in [
+            refused(|recorder| ops::norm(recorder, &x, &norm, &y)),
+            refused(|recorder| ops::norm_rows(recorder, &x, &norm, &rows, &y)),
+        ] {
+            assert!(said.starts_with("the shape of a norm's gamma"), "{said}");
+        }
+    }
+
+    let histories = empty(DType::U32, &[4, 16]);
+    for beams in [0, 3] {
+        let said = refused(|recorder| {
+            ops::reorder(recorder, &rows, &empty(DType::U32, &[4]), &histories, beams)
+        });
+        assert!(said.starts_with(&format!("beams is {beams}")), "{said}");
+    }
+    let said =
+        refused(|recorder| ops::reorder(recorder, &rows, &rows, &empty(DType::U32, &[4]), 1));
+    assert!(said.starts_with("the shape of rows"), "{said}");
+
+    // Logits, allowed and chosen tokens.
+    let good: [&[u32]; 3] = [&[4, 40], &[2, 2], &[4, 1, 2]];
+    for (ix, bad, word) in [
+        (0, &[160][..], "the shape of logits"),
+        (0, &[4, 0], "the shape of logits"),
+        (1, &[4], "the shape of allowed tokens"),
+        (1, &[1, 4], "allowed tokens"),
+        (2, &[8], "the shape of chosen tokens"),
+        (2, &[4, 0, 2], "the shape of chosen tokens"),
+    ] {
+        let mut shapes = good;
+        shapes[ix] = bad;
+        let logits = empty(DType::F32, shapes[0]);
+        let [allowed, chosen] = [1, 2].map(|ix| empty(DType::U32, shapes[ix]));
+        let [lengths, ids] = [(); 2].map(|()| empty(DType::U32, &[4]));
+        let said = refused(|recorder| {
+            let choice = ops::Choice {
+                logits: &logits,
+                allowed: &allowed,
+                lengths: &lengths,
+                chosen: &chosen,
+                ids: &ids,
+                renormalize: false,
+            };
+            ops::choose(recorder, choice)
+        });
+        assert!(said.starts_with(word), "{said}");
+        if ix == 0 {
+            let (rules, seen) = (empty(DType::U32, &[4, 8]), empty(DType::U32, &[4, 2]));
+            let said = refused(|recorder| {
+                let draw = ops::Draw {
+                    logits: &logits,
+                    rules: &rules,
+                    seen: &seen,
+                    lengths: &lengths,
+                    chosen: &chosen,
+                    ids: &ids,
+                    top_k: false,
+                    top_p: false,
+                };
+                ops::sample(recorder, draw)
+            });
+            assert!(said.starts_with(word), "{said}");
+        }
+    }
+
+    let embed = |positions: &[u32], places| {
+        let embedding = ops::Embedding {
+            table: Matrix::dense(empty(DType::F32, &[8, 12])).unwrap(),
+            vocab: 12,
+            positions: Some(empty(DType::F32, positions)),
+            first_position: 0,
+            scale: 1.0,
+        };
+        refused(|recorder| ops::embed(recorder, &rows, &embedding, places, &x))
+    };
+    for shape in [&[0, 8][..], &[], &[8]] {
+        let said = embed(shape, ops::Places::Sequence(4));
+        assert!(said.starts_with("the shape of positions"), "{said}");
+    }
+    let said = embed(&[4, 8], ops::Places::Sequence(0));
+    assert!(said.starts_with("a sequence's places is 0"), "{said}");
+}
+
+#[test]
+fn results_in_the_buffer_of_what_is_read_are_refused() {
+    let linear = Linear {
+        weight: Matrix::dense(empty(DType::F32, &[8, 8])).unwrap(),
+        bias: None,
+        n: 8,
+    };
+    let norm = Norm {
+        gamma: empty(DType::F32, &[8]),
+        beta: None,
+        eps: 1e-5,
+    };
+    let (x, residual) = (empty(DType::F32, &[4, 8]), empty(DType::F32, &[4, 8]));
+    let epilogue = Epilogue {
+        residual: Some(&residual),
+        ..Epilogue::default()
+    };
+    for y in [&x, &residual] {
+        let said = refused(|recorder| ops::matmul(recorder, &x, &linear, y, epilogue));
+        assert!(
+            said.starts_with("a matrix product's result is in"),
+            "{said}"
+        );
+    }
+    let said = refused(|recorder| ops::norm(recorder, &x, &norm, &x));
+    assert!(said.starts_with("a norm's result is in"), "{said}");
+    let rows = empty(DType::U32, &[4, 16]);
+    let lengths = Tensor::from_wgpu(rows.buffer().clone(), DType::U32, &[4]).unwrap();
+    let parents = empty(DType::U32, &[4]);
+    let said = refused(|recorder| ops::reorder(recorder, &parents, &lengths, &rows, 2));
+    assert!(said.starts_with("rows is in"), "{said}");
+}
+
+#[test]
+fn types_that_no_kernel_has_are_refused() {
+    let matrix = |dtype| Linear {
+        weight: Matrix::dense(empty(dtype, &[8, 8])).unwrap(),
+        bias: None,
+        n: 8,
+    };
+    let norm = Norm {
+        gamma: empty(DType::F32, &[8]),
+        beta: None,
+        eps: 1e-5,
+    };
+    let plain = gpu().narrowed(gpu().caps().without_f16());
+    let f32 = DType::F32;
+    for (dtype, bound) in [
+        (DType::BF16, "f32 or f16"),
+        (DType::U32, "f32 or f16"),
+        (DType::F16, "f32: this device has no f16"),
+    ] {
+        let said = |record: &dyn Fn(&mut Recorder) -> qkv::Result<()>| {
+            let said = match record(&mut Recorder::new(&plain)) {
+                Err(error @ qkv::Error::Refused { .. }) => error.to_string(),
+                other => panic!("not refused: {other:?}"),
+            };
+            let bound = format!(" is {}: {bound}", dtype.name());
+            assert!(
+                said.starts_with("the type of") && said.contains(&bound),
+                "{said}"
+            );
+        };
+        let [x, y] = [(); 2].map(|()| empty(dtype, &[4, 8]));
+        let [x_32, y_32] = [(); 2].map(|()| empty(f32, &[4, 8]));
+        let epilogue = Epilogue::default();
+        said(&|recorder| ops::norm(recorder, &x, &norm, &y));
+        said(&|recorder| ops::matmul(recorder, &x, &matrix(f32), &y_32, epilogue));
+        said(&|recorder| ops::matmul(recorder, &x_32, &matrix(f32), &y, epilogue));
+        if dtype == DType::F16 {
+            said(&|recorder| ops::matmul(recorder, &x_32, &matrix(dtype), &y_32, epilogue));
+        }
+    }
+}

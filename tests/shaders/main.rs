@@ -7,7 +7,7 @@ use device::gpu;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, StorageAccess, TypeInner};
 use qkv::attention::{Options, Problem, Route, Tensors, View, plan};
-use qkv::gpu::{DType, Matrices, templates};
+use qkv::gpu::{DType, Matrices, Shader, templates};
 
 #[path = "../support/device.rs"]
 mod device;
@@ -16,8 +16,8 @@ mod variants;
 use variants::{TYPES, attention_variants, matrix, other_variants};
 
 /// How many variants there are, and how many different texts they make.
-const VARIANTS: usize = 25_131;
-const TEXTS: usize = 21_177;
+const VARIANTS: usize = 25_979;
+const TEXTS: usize = 22_025;
 /// Texts among them that no browser is given: cooperative matrices are naga's own extension.
 const COOP_TEXTS: usize = 2_012;
 
@@ -199,6 +199,46 @@ fn texts_for_compilers() {
                 );
                 std::fs::write(std::path::Path::new(&folder).join(name), text).unwrap();
             }
+        }
+    }
+    let known: HashSet<Shader> = other_variants().into_iter().collect();
+    for (rows, storage) in [1, 4, 8]
+        .into_iter()
+        .flat_map(|rows| ["f32", "f16", "q8_0", "q4_0"].map(|storage| (rows, storage)))
+    {
+        let t = if storage == "f32" { "f32" } else { "f16" };
+        let product = |kernel| {
+            let shader = Shader::new(kernel)
+                .with("F16", t == "f16")
+                .with("T", t)
+                .with("O_TYPE", t)
+                .with("W_TYPE", storage)
+                .with("VEC", 4u32)
+                .with("HAS_BIAS", false)
+                .with("HAS_RESIDUAL", false)
+                .with("GATED", false)
+                .with("ACTIVATION", "none")
+                .with("BY_LANES", false);
+            match kernel == "matmul_coop" || storage.starts_with('q') {
+                true => shader.with("SOFTWARE", false),
+                false => shader,
+            }
+        };
+        let few = product("matmul")
+            .with("ROWS", rows)
+            .with("SLICES", 8u32)
+            .with("SPLIT", rows == 1);
+        let many = product("matmul_coop")
+            .with("M", 16u32)
+            .with("LANES", 64u32)
+            .with("FIXED", false)
+            .with("PLAIN", false);
+        let texts = [(few, ""), (many, " (matrices)")];
+        for (shader, part) in &texts[..if rows == 8 && t == "f16" { 2 } else { 1 }] {
+            assert!(known.contains(shader), "{shader:?}");
+            let name = format!("product-{storage}-{rows}{part}.wgsl");
+            let text = shader.expand(&templates()).unwrap();
+            std::fs::write(std::path::Path::new(&folder).join(name), text).unwrap();
         }
     }
 }

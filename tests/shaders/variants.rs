@@ -331,13 +331,14 @@ pub fn attention_variants() -> &'static HashSet<Shader> {
         .into_iter()
         .flat_map(|form| [(form, 1u32), (form, 4)])
         {
-            all.insert(
+            all.extend(BOTH.map(|ragged| {
                 Shader::new("combine")
                     .with("F16", dtype == "f16")
                     .with("O_TYPE", dtype)
                     .with("VEC", vec)
-                    .with("HAS_LSE", lse),
-            );
+                    .with("HAS_LSE", lse)
+                    .with("RAGGED", ragged)
+            }));
         }
         all
     })
@@ -359,7 +360,7 @@ pub fn other_variants() -> Vec<Shader> {
         (&[1u32, 2, 4, 8][..], 1u32, true, true),
         (&[1, 2, 4], 1, true, false),
         (&[1, 2, 4], 8, true, false),
-        (&[8], 8, false, false),
+        (&[4, 8], 8, false, false),
     ] {
         let vectors = if by_lanes { &[1u32][..] } else { &VECTORS };
         for (&rows, &vec) in rows

@@ -8,8 +8,8 @@ use super::super::problem::Problem;
 use super::coop::Coop;
 use super::launch::row_blocks;
 use super::{
-    ENOUGH_GROUPS, Route, SPLIT_AT_LEAST, TURNS, WORKGROUP_MEMORY, by_lanes, choose_route, lanes,
-    prefill_keys, whole_lanes,
+    ENOUGH_GROUPS, Route, SPLIT_AT_LEAST, WORKGROUP_MEMORY, by_lanes, choose_route, lanes,
+    prefill_keys, turns_left, whole_lanes,
 };
 use crate::gpu::Caps;
 use crate::{Error, Result};
@@ -110,8 +110,8 @@ fn enough_splits(problem: &Problem, caps: &Caps, rows: u32) -> u32 {
 fn decode_memory(problem: &Problem, lanes: Option<u32>, rows: u32) -> u32 {
     let quads = problem.head_dim().div_ceil(4);
     match lanes {
-        Some(lanes) => rows * (quads * 16 + 64 / lanes * 8 + 1032),
-        None => rows * (quads * 16 + 1284) + 1024,
+        Some(lanes) => rows * (quads * 16 + 64 / lanes * 8 + 1036),
+        None => rows * (quads * 16 + 1288) + 1024,
     }
 }
 
@@ -137,7 +137,9 @@ impl Candidate {
                 let room = register_room(caps, lanes);
                 // Several rows and keys share what is read; few rows would only use up registers, which a
                 // processor does not mind where most keys of a step are there.
-                let long = problem.k_len() >= 256 && !problem.has_kv_len;
+                let long = problem.k_len() >= 256
+                    && !problem.has_kv_len
+                    && !problem.options.batch_invariant;
                 let many = lanes.is_some()
                     && (rows >= 4 || by_lanes(caps) && long)
                     && decode_registers(problem, lanes, rows, 4) <= room;
@@ -343,7 +345,7 @@ fn three_pass_fits(problem: &Problem, caps: &Caps) -> bool {
     let rows = problem.batch as u64 * problem.heads() as u64 * problem.q_len() as u64;
     let cells = rows * problem.k_len() as u64;
     cells <= THREE_PASS_SCRATCH.min(caps.max_binding / 4)
-        && !(caps.software && problem.k_len() as u64 / 4 > TURNS)
+        && !(caps.software && problem.k_len() as u64 > 4 * turns_left(problem))
 }
 
 impl Problem {

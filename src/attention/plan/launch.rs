@@ -125,10 +125,6 @@ impl Planner<'_> {
         let problem = self.problem;
         let (batch, kv) = (problem.batch, problem.kv_heads());
         let share = batch / problem.kv_batch();
-        let whole = Part {
-            batch: [0, batch],
-            kv: [0, kv],
-        };
         let by_batch = |step: u32, heads: u32| {
             (0..batch).step_by(step as usize).flat_map(move |b| {
                 (0..kv).step_by(heads as usize).map(move |h| Part {
@@ -137,17 +133,16 @@ impl Planner<'_> {
                 })
             })
         };
-        let mut choices = vec![vec![whole]];
-        if problem.ragged_q || problem.ragged_k {
-            choices.push(by_batch(batch, 1).collect());
-        } else {
-            choices.push(by_batch(share, kv).collect());
-            choices.push(by_batch(share, 1).collect());
-        }
+        // Batch rows and KV heads of a part, from the whole on.
+        let choices = match problem.ragged_q || problem.ragged_k {
+            true => vec![[batch, kv], [batch, 1]],
+            false => vec![[batch, kv], [share, kv], [share, 1]],
+        };
         let mut names = names.to_vec();
         names.extend(["bias", "mask"]);
         let mut too_large = None;
-        for parts in choices {
+        for [step, heads] in choices {
+            let parts: Vec<Part> = by_batch(step, heads).collect();
             let worst = parts
                 .iter()
                 .flat_map(|&part| names.iter().map(move |&name| (part, name)))
@@ -163,9 +158,16 @@ impl Planner<'_> {
             }
         }
         let (name, bytes) = too_large.expect("some part did not fit");
+        let shared = matches!(name, "k" | "v");
+        let of = match () {
+            () if shared && problem.pages.is_some() => "the whole pool",
+            () if problem.ragged_q || problem.ragged_k => "all sequences",
+            () if shared && problem.has_rows => "all batch rows",
+            () => "one batch row",
+        };
         Err(Error::refused(
             name,
-            format_args!("{bytes} bytes for one head of one batch row"),
+            format_args!("{bytes} bytes for one head of {of}"),
             format!("this device binds at most {} bytes", self.caps.max_binding),
         ))
     }
@@ -297,17 +299,20 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// What of scratch a name stands for that the part of the problem does not narrow: all but the packed
-    /// tables, since no two bindings may overlap where one is written.
+    /// What of scratch a name stands for that the part of the problem does not narrow: all that the plan takes but
+    /// the packed tables, since no two bindings may overlap where one is written.
     fn scratch_slice(&self, name: &str) -> Option<[u64; 2]> {
         let [from, to] = self.tables;
+        let others = match from == to {
+            true => self.plan.scratch * 4,
+            false => from,
+        };
         let problem = self.problem;
         let weights = !problem.wants_weights || problem.options.stage != Stage::Softmax;
         match name {
-            _ if from == to => None,
             "tables" => Some([from, to]),
-            "parts" | "block_map" => Some([0, from]),
-            "weights" if weights => Some([0, from]),
+            "parts" | "block_map" => Some([0, others]),
+            "weights" if weights => Some([0, others]),
             _ => None,
         }
     }

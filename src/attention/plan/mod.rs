@@ -37,7 +37,7 @@ pub struct Launch {
     /// The kernel's variant.
     pub shader: Shader,
     /// What it binds behind its parameters, in order: names, and the bytes of the tensor that it sees, all
-    /// of them if not given.
+    /// of its own if not given.
     pub(crate) bindings: Vec<(Arc<str>, Option<[u64; 2]>)>,
     pub(crate) params: Params,
     /// Workgroups.
@@ -108,6 +108,13 @@ pub fn plan_with(problem: &Problem, caps: &Caps, tuned: Option<Candidate>) -> Re
             "the storage type",
             "f16",
             "f32 or bf16: this device has no f16 in shaders",
+        ));
+    }
+    if caps.software && problem.ragged_q && problem.batch as u64 > TURNS / 2 {
+        return Err(Error::refused(
+            "cu_q",
+            format_args!("{} sequences", problem.batch),
+            format!("at most {}: this driver cuts longer loops", TURNS / 2),
         ));
     }
     let free = tuned.filter(|candidate| problem.is_tunable() && candidate.fits(problem, caps));
@@ -206,6 +213,16 @@ fn by_lanes(caps: &Caps) -> bool {
     caps.software && whole_lanes(caps).is_some()
 }
 
+/// Turns that are left for the keys: those that look for a row's sequence come first.
+fn turns_left(problem: &Problem) -> u64 {
+    TURNS
+        - if problem.ragged_q {
+            problem.batch as u64
+        } else {
+            0
+        }
+}
+
 /// The longest key axis of a kernel of the prefill route.
 fn prefill_keys(problem: &Problem, caps: &Caps, subgroups: Subgroups) -> u64 {
     if !caps.software {
@@ -213,15 +230,15 @@ fn prefill_keys(problem: &Problem, caps: &Caps, subgroups: Subgroups) -> u64 {
     }
     // A tile's turns. Matrices by plain loops: a lane's share of each product, and what comes and goes.
     if let Some(coop) = Coop::new(problem, caps).filter(|_| subgroups == Subgroups::Matrices) {
-        return TURNS / (coop.turns() as u64 + 200) * coop::BLOCK_K as u64;
+        return turns_left(problem) / (coop.turns() as u64 + 200) * coop::BLOCK_K as u64;
     }
     // By lanes: its products, scores and weights.
     if subgroups == Subgroups::Lanes {
-        return TURNS / (problem.head_dim() as u64 / 4 + 60) * 32;
+        return turns_left(problem) / (problem.head_dim() as u64 / 4 + 60) * 32;
     }
     // Staging and products for each 32 columns of D and Dv, and the rows' maxima.
     let tiles = problem.head_dim().div_ceil(32) + problem.value_dim().div_ceil(32).min(4);
-    TURNS / (tiles as u64 * 14 + 34) * 32
+    turns_left(problem) / (tiles as u64 * 14 + 34) * 32
 }
 
 fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {

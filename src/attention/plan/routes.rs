@@ -3,7 +3,7 @@
 use super::super::problem::Stage;
 use super::coop::{self, Coop};
 use super::launch::{Kernel, Part, Planner, Uses};
-use super::{INVARIANT_SPLIT, Subgroups, THREADS, TURNS, by_lanes, prefill_keys};
+use super::{INVARIANT_SPLIT, Subgroups, THREADS, by_lanes, prefill_keys, turns_left};
 use crate::{Error, Result};
 
 impl Planner<'_> {
@@ -18,14 +18,12 @@ impl Planner<'_> {
             self.plan.scratch = (rows * k_len).max(1);
         }
         self.count_in_32_bits(rows * k_len.max(dv))?;
-        if self.caps.software && k_len / 4 > TURNS {
+        let most = 4 * turns_left(problem);
+        if self.caps.software && k_len > most {
             return Err(Error::refused(
                 "k",
                 format_args!("{k_len} rows"),
-                format!(
-                    "at most {} on the three-pass route: this driver cuts longer loops",
-                    4 * TURNS
-                ),
+                format!("at most {most} on the three-pass route: this driver cuts longer loops"),
             ));
         }
         self.make_parts(&["q", "k", "v", "o", "weights", "lse"])?;
@@ -242,7 +240,7 @@ impl Planner<'_> {
             }
         };
         let most = match self.caps.software {
-            true => (TURNS / turns as u64 * 256) as u32,
+            true => (turns_left(problem) / turns as u64 * 256) as u32,
             false => u32::MAX,
         };
         if let (Some(splits), true) = (problem.options.splits, split_len > most) {
@@ -260,7 +258,9 @@ impl Planner<'_> {
         self.plan.splits = k_len.div_ceil(self.plan.split_len).max(1);
         let split = self.plan.splits > 1;
         if split {
-            self.plan.scratch = self.all_rows() * self.plan.splits as u64 * (dv as u64 + 2);
+            // Without rows there is still a buffer to bind.
+            let rows = self.all_rows().max(1);
+            self.plan.scratch = rows * self.plan.splits as u64 * (dv as u64 + 2);
         }
         self.count_in_32_bits(self.plan.scratch)?;
         self.make_parts(&["q", "k", "v", "o", "parts", "lse"])?;

@@ -55,6 +55,10 @@ pub(super) fn check(tensors: &Tensors, options: &Options) -> Result<()> {
     let mut names: Vec<String> = Vec::new();
     for (what, text, signature, call) in functions {
         let Some(text) = text else { continue };
+        // Kernels' layouts are made from their lines, a comment's as well.
+        if text.contains("@group") {
+            return refuse(what, &"@group", "the extra buffers alone, in comments too");
+        }
         let module = compile(what, text, signature, &declarations, call)?;
         if !module.entry_points.is_empty() {
             return refuse(what, &"an entry point", "functions alone");

@@ -330,9 +330,11 @@ fn check_types(tensors: &Tensors) -> Result<()> {
     Ok(())
 }
 
-/// What is written has a buffer of its own: no binding may be both read and written.
-fn check_overlap(tensors: &Tensors) -> Result<()> {
-    let mut read: Vec<(&str, Option<&Tensor>)> = vec![
+/// The tensors that are read, and those that are written.
+type Bound<'a> = Vec<(&'a str, Option<&'a Tensor>)>;
+
+fn bound<'a>(tensors: &Tensors<'a>) -> [Bound<'a>; 2] {
+    let mut read: Bound = vec![
         ("q", Some(tensors.q.tensor)),
         ("k", Some(tensors.k.tensor)),
         ("v", Some(tensors.v.tensor)),
@@ -349,30 +351,46 @@ fn check_overlap(tensors: &Tensors) -> Result<()> {
         ("t5", tensors.t5),
         ("sinks", tensors.sinks),
     ];
-    read.extend(
-        tensors
-            .extra
-            .iter()
-            .map(|&(name, tensor)| (name, Some(tensor))),
-    );
-    let written = [
+    let extra = tensors.extra.iter();
+    read.extend(extra.map(|&(name, tensor)| (name, Some(tensor))));
+    let written = vec![
         ("out", Some(tensors.out.tensor)),
         ("weights", tensors.weights),
         ("lse", tensors.lse),
     ];
-    for (ix, (name, tensor)) in written.iter().enumerate() {
-        let Some(tensor) = tensor else { continue };
-        for (other, input) in read.iter().chain(&written[..ix]) {
-            if input.is_some_and(|input| input.buffer() == tensor.buffer()) {
-                return Err(Error::refused(
-                    *name,
-                    format_args!("in the buffer of {other}"),
-                    "a buffer of its own",
-                ));
-            }
+    [read, written]
+}
+
+/// An error for a tensor in the buffer of one of the others.
+fn check_apart(name: &str, tensor: &Tensor, others: &[(&str, Option<&Tensor>)]) -> Result<()> {
+    for (other, input) in others {
+        if input.is_some_and(|input| input.buffer() == tensor.buffer()) {
+            return Err(Error::refused(
+                name,
+                format_args!("in the buffer of {other}"),
+                "a buffer of its own",
+            ));
         }
     }
     Ok(())
+}
+
+/// What is written has a buffer of its own: no binding may be both read and written.
+fn check_overlap(tensors: &Tensors) -> Result<()> {
+    let [read, written] = bound(tensors);
+    for (ix, &(name, tensor)) in written.iter().enumerate() {
+        let Some(tensor) = tensor else { continue };
+        check_apart(name, tensor, &read)?;
+        check_apart(name, tensor, &written[..ix])?;
+    }
+    Ok(())
+}
+
+/// Lent scratch is written, too.
+pub(super) fn check_scratch(tensors: &Tensors, scratch: &Tensor) -> Result<()> {
+    let [read, written] = bound(tensors);
+    check_apart("scratch", scratch, &read)?;
+    check_apart("scratch", scratch, &written)
 }
 
 fn check_tables(tensors: &Tensors, options: &Options, batch: u32) -> Result<()> {

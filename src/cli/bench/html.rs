@@ -6,7 +6,7 @@ use qkv::{Error, Result};
 use super::plots::{self, COLOURS, PEERS, Plot};
 use super::report::{Entry, NOISY, Report};
 use super::shape::Shape;
-use super::{error, flops, line_rate, off, percent};
+use super::{error, limit_line, line_rate, off, share};
 
 /// The page of a run.
 pub fn page(report: &Report) -> Result<String> {
@@ -58,12 +58,7 @@ pub fn page(report: &Report) -> Result<String> {
     let mut rates = vec![("f32", report.limits.f32)];
     rates.extend(report.limits.f16.map(|rates| ("f16", rates)));
     for (name, rates) in rates {
-        let figures = format!(
-            "{}, reads {:.1} GB/s, copies {:.1} GB/s",
-            flops(rates.gflops),
-            rates.read_gb_s,
-            rates.copy_gb_s
-        );
+        let figures = limit_line(&rates);
         facts.push((
             if name == "f32" {
                 "limits in f32"
@@ -167,7 +162,7 @@ fn row(entry: &Entry) -> minijinja::Value {
         noisy,
         wrong => entry.peer.as_ref().filter(|peer| !peer.right).map(off),
         rate => line_rate(entry),
-        share => entry.share.map(percent),
+        share => share(entry),
         bar => entry.share.map(|share| format!("{:.1}", (share * 100.0).clamp(0.0, 100.0))),
         ratio => entry.ratio.map(|n| format!("{n:.2}")),
         host => entry.host_ms.map(|ms| format!("{ms:.3}")),

@@ -3,16 +3,16 @@
 use std::cell::OnceCell;
 use std::time::{Duration, Instant};
 
-use qkv::Result;
 use qkv::attention::{self, Options, Plan, Problem, Route, Tensors, View};
 use qkv::doctor::Tolerance;
-use qkv::gpu::{DType, Gpu, Limits, Recorder, Recording, Tensor};
+use qkv::gpu::{DType, Gpu, Recorder, Recording, Tensor};
 use qkv::reference::{self, Attention, Offset};
+use qkv::{Error, Result};
 
 use super::super::Floats;
 use super::super::attend::route_name;
 use super::peers::Peer;
-use super::report::{self, Entry, Refused, Spread, ratio};
+use super::report::{self, Entry, Limits, Refused, Spread, ratio};
 use super::shape::Shape;
 
 /// Multiply-adds that the oracle may take for a shape: a second or so.
@@ -86,8 +86,34 @@ fn noise(seed: u64, n: usize, dtype: DType) -> Vec<f32> {
         .collect()
 }
 
+/// Refuses what the device has no room for, before the host makes room for it: a tensor in one buffer, and in one
+/// binding its part of one KV head, which launches are not cut below.
+fn fits(gpu: &Gpu, shape: &Shape) -> Result<()> {
+    let group = shape.heads / shape.kv_heads;
+    for (name, rows) in [("q", [group, shape.q_len]), ("k", [1, shape.k_len])] {
+        let head = [rows[0], rows[1], shape.dim, shape.dtype().size() as u32];
+        let head: u64 = head.map(u64::from).iter().product();
+        let all = u64::from(shape.batch) * u64::from(shape.kv_heads) * head;
+        let caps = gpu.caps();
+        for (what, bytes, most) in [
+            ("in one buffer", all, caps.max_buffer),
+            ("of one KV head in one binding", head, caps.max_binding),
+        ] {
+            if bytes > most {
+                return Err(Error::refused(
+                    name,
+                    format_args!("{bytes} bytes {what}"),
+                    format!("this device allows {most}"),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 impl<'g> Inputs<'g> {
     pub fn new(gpu: &'g Gpu, shape: Shape) -> Result<Self> {
+        fits(gpu, &shape)?;
         let queries = [shape.batch, shape.heads, shape.q_len, shape.dim];
         let keys = [shape.batch, shape.kv_heads, shape.k_len, shape.dim];
         let extents = [queries, keys, keys];
@@ -152,8 +178,11 @@ impl<'g> Inputs<'g> {
         let words = u32::try_from(plan.scratch.max(1)).unwrap_or(u32::MAX);
         let scratch = self.gpu.empty("scratch", DType::U32, &[words])?;
         let recording = self.record(&options, &scratch)?;
+        let recorded = started.elapsed();
+        self.poison()?;
+        let started = Instant::now();
         self.gpu.run(&recording)?;
-        let first = started.elapsed();
+        let first = recorded + started.elapsed();
         let verdict = self.verify()?;
         Ok(Way {
             chosen: plan.launches == own.launches,
@@ -170,6 +199,21 @@ impl<'g> Inputs<'g> {
         let mut recorder = Recorder::new(self.gpu);
         attention::record_in(&mut recorder, &self.views()?, options, scratch)?;
         recorder.finish()
+    }
+
+    /// Makes what is not written NaN, in every type, rather than another way's right answer.
+    fn poison(&self) -> Result<()> {
+        let out = &self.tensors[3];
+        let bytes = out.bytes() as usize / 4 * 4;
+        self.gpu.write(out, &vec![0xff; bytes])
+    }
+
+    /// Runs it once more on its own and verifies.
+    fn again(&self, recording: &Recording) -> Result<std::result::Result<(f64, usize), String>> {
+        self.poison()?;
+        self.gpu.run(recording)?;
+        let verdict = self.verify()?;
+        Ok(verdict.map_err(|said| format!("after it was timed: {said}")))
     }
 
     /// The worst error in units of the tolerance and the number of rows compared.
@@ -259,17 +303,21 @@ impl<'g> Inputs<'g> {
         judged
     }
 
-    /// Times all ways and peers in turn, `flush` before each run, for about so many seconds each. A peer that
-    /// fails is among what was not measured.
+    /// Times all ways and peers in turn, `flush` before each run, for about so many seconds each, and verifies the
+    /// ways again. One whose answer is then wrong has no entry, and its verdict says so. A peer that fails is among
+    /// what was not measured.
     pub fn time(
         &self,
-        ways: &[Way],
+        ways: &mut [Way],
         peers: &mut [Peer],
         flush: &Recording,
         limits: &Limits,
         seconds: f64,
     ) -> Result<(Vec<Entry>, Vec<Refused>)> {
         let mut times = vec![Vec::new(); ways.len()];
+        // The plan's own choice once more in each round by the host's clock, which peers without the device's go by.
+        let base = ways.iter().position(|way| way.chosen);
+        let mut waited = Vec::new();
         let started = Instant::now();
         let enough = seconds * (ways.len() + peers.len()) as f64;
         for round in 0..ROUNDS[1] {
@@ -280,6 +328,12 @@ impl<'g> Inputs<'g> {
                 self.gpu.run(flush)?;
                 times.push(self.gpu.time(&way.recording)?.as_secs_f64() * 1e3);
             }
+            if let Some(ix) = base.filter(|_| !peers.is_empty()) {
+                self.gpu.run(flush)?;
+                let started = Instant::now();
+                self.gpu.run(&ways[ix].recording)?;
+                waited.push(started.elapsed().as_secs_f64() * 1e3);
+            }
             for peer in peers.iter_mut() {
                 self.gpu.run(flush)?;
                 peer.call();
@@ -288,23 +342,42 @@ impl<'g> Inputs<'g> {
                 std::thread::sleep(SETTLE);
             }
         }
-        let base = ways.iter().position(|way| way.chosen).unwrap_or(0);
-        let base = times.get(base).map_or(&[][..], Vec::as_slice);
-        let mut entries = Vec::new();
-        for (way, own) in ways.iter().zip(&times) {
-            let alone = ways.len() + peers.len() == 1;
-            entries.push(Entry {
-                ratio: ratio(own, base).filter(|_| !alone),
-                ..self.entry(way, own, &self.host(way)?, limits)
-            });
+        for way in ways.iter_mut() {
+            way.verdict = self.again(&way.recording)?;
         }
-        let mut refused = Vec::new();
-        for peer in peers {
-            match self.peer_entry(peer, limits) {
+        // Without the plan's own choice, or where it is wrong, there is nothing to hold the others against.
+        let base = base.filter(|&ix| ways[ix].verdict.is_ok());
+        let (base, waited) = base.map_or((&[][..], &[][..]), |ix| (&times[ix], &waited));
+        let (mut entries, mut refused) = (Vec::new(), Vec::new());
+        let right = ways.iter().zip(&times);
+        for (way, own) in right.filter(|(way, _)| way.verdict.is_ok()) {
+            let alone = ways.len() + peers.len() == 1;
+            match self.entry(way, own, &self.host(way)?, limits) {
                 Ok(entry) => entries.push(Entry {
-                    ratio: ratio(&entry.times_ms, base).filter(|_| entry.is_right()),
+                    ratio: ratio(own, base).filter(|_| !alone),
                     ..entry
                 }),
+                Err(why) => refused.push(Refused {
+                    shape: self.shape,
+                    route: route_name(way.plan.route).into(),
+                    why,
+                }),
+            }
+        }
+        for peer in peers {
+            match self.peer_entry(peer, limits) {
+                Ok(mut entry) => {
+                    let base = match &mut entry.peer {
+                        Some(about) if !about.timestamps && !waited.is_empty() => {
+                            about.ours_waited_ms = Some(Spread::of(waited).median);
+                            entry.plan = about.to_string();
+                            waited
+                        }
+                        _ => base,
+                    };
+                    entry.ratio = ratio(&entry.times_ms, base).filter(|_| entry.is_right());
+                    entries.push(entry);
+                }
                 Err(why) => refused.push(Refused {
                     shape: self.shape,
                     route: peer.name.word().into(),
@@ -322,6 +395,7 @@ impl<'g> Inputs<'g> {
         let about = report::Peer {
             about: peer.about.clone(),
             timestamps: timed.timestamps,
+            ours_waited_ms: None,
             max_error: judged.max_of_rms,
             rms_error: judged.rms_of_rms,
             right: judged.max_of_rms <= RIGHT[usize::from(self.shape.f16)],
@@ -333,12 +407,13 @@ impl<'g> Inputs<'g> {
             first_ms: peer.first_ms,
             error: judged.worst,
             rows: judged.rows,
-            ..self.figures(&timed.times_ms, limits)
+            ..self.figures(&timed.times_ms, limits)?
         };
         Ok(match peer.name.is_on_device() {
             true => entry,
             false => Entry {
                 share: None,
+                limit_noisy: false,
                 ..entry
             },
         })
@@ -361,7 +436,13 @@ impl<'g> Inputs<'g> {
         Ok(times)
     }
 
-    fn entry(&self, way: &Way, times: &[f64], host: &[f64], limits: &Limits) -> Entry {
+    fn entry(
+        &self,
+        way: &Way,
+        times: &[f64],
+        host: &[f64],
+        limits: &Limits,
+    ) -> std::result::Result<Entry, String> {
         let (error, rows) = way.verdict.clone().unwrap_or((f64::INFINITY, 0));
         let plan = &way.plan;
         let mut kernels: Vec<&str> = plan.launches.iter().map(|one| one.shader.kernel).collect();
@@ -370,34 +451,39 @@ impl<'g> Inputs<'g> {
             1 => String::new(),
             n => format!(", {n} parts of {} keys", plan.split_len),
         };
-        Entry {
+        let tuned = if plan.tuned { ", tuned" } else { "" };
+        Ok(Entry {
             route: route_name(plan.route).into(),
-            plan: format!("{}{splits}", kernels.join(" + ")),
+            plan: format!("{}{splits}{tuned}", kernels.join(" + ")),
+            candidate: plan.candidate.to_string(),
+            tuned: plan.tuned,
             chosen: way.chosen,
             first_ms: way.first.as_secs_f64() * 1e3,
             host_ms: Some(Spread::of(host).median),
             error,
             rows,
-            ..self.figures(times, limits)
-        }
+            ..self.figures(times, limits)?
+        })
     }
 
-    /// What follows from the times alone.
-    fn figures(&self, times: &[f64], limits: &Limits) -> Entry {
+    /// What follows from the times alone; or why nothing does.
+    fn figures(&self, times: &[f64], limits: &Limits) -> std::result::Result<Entry, String> {
         let shape = self.shape;
         // Clocks tell no more than nanoseconds.
         let times_ms: Vec<f64> = times.iter().map(|ms| (ms * 1e6).round() / 1e6).collect();
         let spread = Spread::of(&times_ms);
-        // What is stored in f16 may be multiplied in f32: the better of both is its limit.
-        let f16 = limits.f16.filter(|_| shape.f16).unwrap_or(limits.f32);
-        let most = limits.f32.flops.max(f16.flops);
-        let most_read = limits.f32.read.max(f16.read);
+        // It has no rate: an infinite one is no number of JSON's.
+        if spread.median <= 0.0 {
+            return Err("the clock is too coarse for it: half of its times are 0".into());
+        }
         let seconds = spread.median / 1e3;
         let (flops, read) = (shape.flop() / seconds, shape.kv_bytes() / seconds);
-        Entry {
+        let mut entry = Entry {
             shape,
             route: String::new(),
             plan: String::new(),
+            candidate: String::new(),
+            tuned: false,
             chosen: false,
             ratio: None,
             first_ms: 0.0,
@@ -405,14 +491,53 @@ impl<'g> Inputs<'g> {
             host_ms: None,
             gflops: flops / 1e9,
             gb_s: read / 1e9,
-            share: Some(match shape.is_decode() {
-                true => read / most_read,
-                false => flops / most,
-            }),
+            share: None,
+            limit_noisy: false,
             error: 0.0,
             rows: 0,
             times_ms,
             peer: None,
-        }
+        };
+        limits.judge(&mut entry);
+        Ok(entry)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_writes_nothing_is_wrong_after_a_right_answer() {
+        let gpu = Gpu::new().expect("a device: see scripts/with-gpu");
+        let shape = "1,2,2,3,40,16".parse().unwrap();
+        let inputs = Inputs::new(&gpu, shape).unwrap();
+        let mut ways = vec![inputs.way(None).unwrap()];
+        assert!(ways[0].verdict.is_ok());
+        assert!(inputs.again(&ways[0].recording).unwrap().is_ok());
+        // The right answer is still there.
+        ways[0].recording = Recorder::new(&gpu).finish().unwrap();
+        assert!(inputs.verify().unwrap().is_ok());
+        let flush = Recorder::new(&gpu).finish().unwrap();
+        let rates = report::Rates {
+            gflops: 1.0,
+            read_gb_s: 1.0,
+            copy_gb_s: 1.0,
+            noise: [0.0; 3],
+        };
+        let limits = Limits {
+            f32: rates,
+            f16: None,
+        };
+        let (entries, _) = inputs
+            .time(&mut ways, &mut [], &flush, &limits, 0.0)
+            .unwrap();
+        assert!(entries.is_empty());
+        let said = ways[0].verdict.as_ref().unwrap_err();
+        assert!(said.contains("after it was timed: head 0"), "{said}");
+        // Nor has what no clock sees an entry, with rates without end.
+        let why = inputs.figures(&[0.0, 0.0, 0.0, 1.0], &limits).err();
+        assert!(why.is_some_and(|why| why.contains("too coarse")));
+        assert!(inputs.figures(&[1.0; 4], &limits).is_ok());
     }
 }

@@ -21,7 +21,7 @@ use super::{Device, progress, say, write_whole};
 use measure::Inputs;
 use peers::Peers;
 pub use report::{Entry, Facts, Report};
-use report::{Limits, Rates, Refused};
+use report::{Limits, NOISY, Rates, Refused};
 use shape::{Shape, Suite};
 
 #[derive(Args)]
@@ -32,7 +32,8 @@ pub struct Options {
     /// Shapes of ours, in f32 and f16
     #[arg(long, value_enum, value_delimiter = ',')]
     suite: Vec<Suite>,
-    /// The ways to compute them; the plan's own choice if not given, for the suite `lengths` all
+    /// The ways to compute them, and beside them the plan's own choice; that alone if not given, for the suite
+    /// `lengths` all
     #[arg(long, value_enum, value_delimiter = ',')]
     routes: Vec<RouteName>,
     /// Other programs in turn with ours; if none is named, ort and torch
@@ -111,11 +112,23 @@ impl Options {
                 routes
             }),
         };
-        let mut work: Vec<_> = self
-            .shapes
-            .iter()
-            .map(|&shape| (shape, planned.clone()))
-            .collect();
+        // A shape that is named twice, or in a suite too, is measured once, on all of its routes.
+        let mut work: Vec<(Shape, Vec<Option<Route>>)> = Vec::new();
+        let mut add = |shape: Shape, routes: &[Option<Route>]| {
+            let at = work.iter().position(|(known, _)| *known == shape);
+            let at = at.unwrap_or_else(|| {
+                work.push((shape, Vec::new()));
+                work.len() - 1
+            });
+            for route in routes {
+                if !work[at].1.contains(route) {
+                    work[at].1.push(*route);
+                }
+            }
+        };
+        for &shape in &self.shapes {
+            add(shape, &planned);
+        }
         let suites = match (self.suite.as_slice(), self.shapes.as_slice()) {
             ([], []) => &[Suite::Prefill, Suite::Decode],
             (suites, _) => suites,
@@ -126,7 +139,7 @@ impl Options {
                 _ => &planned,
             };
             for shape in suite.shapes(has_f16) {
-                work.push((shape, routes.clone()));
+                add(shape, routes);
             }
         }
         work
@@ -147,11 +160,11 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
         return Err(Error::refused("a shape", shape, bound));
     }
     let stream = Stream::new(&gpu)?;
-    let measured = stream.limits(&gpu)?;
+    let before = limits(&stream.limits(&gpu)?);
     let mut report = Report {
         qkv: env!("CARGO_PKG_VERSION").into(),
         device: facts(&gpu, device.wanted)?,
-        limits: limits(&measured),
+        limits: before,
         entries: Vec::new(),
         refused: Vec::new(),
     };
@@ -162,15 +175,27 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
     let mut is_wrong = false;
     for (shape, routes) in work {
         bar.set_message(shape.to_string());
-        let inputs = Inputs::new(&gpu, shape)?;
-        let mut ways = Vec::new();
-        let mut refused = Vec::new();
         let not_measured = |route: &str, why: String| Refused {
             shape,
             route: route.into(),
             why,
         };
-        for route in routes {
+        let inputs = match Inputs::new(&gpu, shape) {
+            Ok(inputs) => inputs,
+            Err(error @ (Error::Refused { .. } | Error::OutOfMemory(_))) => {
+                let one = not_measured("all", error.to_string());
+                bar.suspend(|| say(format_args!("{}", refusal(&one))))?;
+                report.refused.push(one);
+                save_report(options, &report)?;
+                bar.inc(1);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let mut ways = Vec::new();
+        let mut refused = Vec::new();
+        let mut routes = std::collections::VecDeque::from(routes);
+        while let Some(route) = routes.pop_front() {
             let name = route.map_or("planned", route_name);
             match inputs.way(route) {
                 Ok(way) => match &way.verdict {
@@ -184,6 +209,11 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
                     refused.push(not_measured(name, error.to_string()));
                 }
                 Err(error) => return Err(error),
+            }
+            // What the plan takes, which the others are held against, may be none of them once it is tuned.
+            let is_last = routes.is_empty() && route.is_some();
+            if is_last && !ways.is_empty() && !ways.iter().any(|way| way.chosen) {
+                routes.push_back(None);
             }
         }
         // The plan's choice may be one of the routes that were asked for.
@@ -203,27 +233,35 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
             }
         }
         let (entries, failed) =
-            inputs.time(&ways, &mut ready, &flush, &measured, options.seconds)?;
+            inputs.time(&mut ways, &mut ready, &flush, &before, options.seconds)?;
         refused.extend(failed);
+        for way in &ways {
+            if let Err(said) = &way.verdict {
+                is_wrong = true;
+                let name = route_name(way.plan.route);
+                refused.push(not_measured(name, format!("WRONG: {said}")));
+            }
+        }
         for entry in &entries {
             bar.suspend(|| say(format_args!("{}\n", line(entry))))?;
         }
         for one in &refused {
-            let (shape, route, why) = (one.shape.to_string(), &one.route, &one.why);
-            bar.suspend(|| say(format_args!("{shape:33}{route:12}{why}\n")))?;
+            bar.suspend(|| say(format_args!("{}", refusal(one))))?;
         }
         report.entries.extend(entries);
         report.refused.extend(refused);
         // A run that is stopped keeps what it has.
-        if let Some(path) = &options.json {
-            let json = serde_json::to_string_pretty(&report).map_err(|e| Error::file(path, e))?;
-            write(path, format!("{json}\n"))?;
-        }
+        save_report(options, &report)?;
         bar.inc(1);
     }
     bar.finish_and_clear();
     gpu.save_pipelines();
 
+    // Others' work and heat come and go: what the limits were before says little of an hour later.
+    report.limits = before.with(&limits(&stream.limits(&gpu)?));
+    report.judge();
+    say(format_args!("{}", shares(&report)))?;
+    save_report(options, &report)?;
     if let Some(path) = &options.csv {
         write(path, report.csv())?;
     }
@@ -231,6 +269,14 @@ pub fn run(options: &Options, device: &Device) -> Result<ExitCode> {
         write(path, html::page(&report)?)?;
     }
     Ok(ExitCode::from(u8::from(is_wrong)))
+}
+
+fn save_report(options: &Options, report: &Report) -> Result<()> {
+    let Some(path) = &options.json else {
+        return Ok(());
+    };
+    let json = serde_json::to_string_pretty(report).map_err(|e| Error::file(path, e))?;
+    write(path, format!("{json}\n"))
 }
 
 fn write(path: &Path, text: String) -> Result<()> {
@@ -264,6 +310,7 @@ fn limits(measured: &gpu::Limits) -> Limits {
         gflops: rates.flops / 1e9,
         read_gb_s: rates.read / 1e9,
         copy_gb_s: rates.copy / 1e9,
+        noise: [0.0; 3],
     };
     Limits {
         f32: rates(measured.f32),
@@ -279,30 +326,73 @@ fn flops(gflops: f64) -> String {
     }
 }
 
+/// Each rate, and how far both measurements of it are apart where that is much.
+fn limit_lines(limits: &Limits) -> String {
+    let mut types = vec![("f32", limits.f32)];
+    types.extend(limits.f16.map(|rates| ("f16", rates)));
+    let lines = types
+        .into_iter()
+        .map(|(name, rates)| format!("limits in {name}: {}\n", limit_line(&rates)));
+    lines.collect()
+}
+
+fn limit_line(rates: &Rates) -> String {
+    let noise = rates.noise.map(|noise| match noise > NOISY {
+        true => format!(" (too noisy: the other time {} less)", percent(noise)),
+        false => String::new(),
+    });
+    format!(
+        "{} of multiply-adds{}, reads {:.1} GB/s{}, copies {:.1} GB/s{}",
+        flops(rates.gflops),
+        noise[0],
+        rates.read_gb_s,
+        noise[1],
+        rates.copy_gb_s,
+        noise[2],
+    )
+}
+
+/// The limits, now that they were measured twice, and what share of them each entry reaches.
+fn shares(report: &Report) -> String {
+    let limits = limit_lines(&report.limits);
+    let mut text = format!("\nthe better of before and after:\n{limits}\n");
+    text += &format!("{:33}{:12}of the limit\n", "B,H,Hk,Q,K,D", "route");
+    let entries = report.entries.iter();
+    for entry in entries.filter(|entry| entry.is_on_device() && entry.counts()) {
+        let (shape, share) = (entry.shape.to_string(), share(entry));
+        text += &format!("{shape:33}{:12}{share}\n", name(entry));
+    }
+    text
+}
+
+/// What share of its limit an entry reaches, in words.
+fn share(entry: &Entry) -> String {
+    match (entry.limit_noisy, entry.share) {
+        (true, _) => "limit too noisy".into(),
+        (false, share) => share.map_or(String::new(), percent),
+    }
+}
+
+/// An entry's route, with a star where the plan takes it by itself.
+fn name(entry: &Entry) -> String {
+    let star = if entry.chosen { " *" } else { "" };
+    format!("{}{star}", entry.route)
+}
+
 fn heading(report: &Report) -> String {
     let device = &report.device;
     let mut text = format!("{} ({}, {})\n", device.name, device.driver, device.backend);
-    let mut rates = vec![("f32", report.limits.f32)];
-    rates.extend(report.limits.f16.map(|rates| ("f16", rates)));
-    for (name, rates) in rates {
-        text += &format!(
-            "limits in {name}: {} of multiply-adds, reads {:.1} GB/s, copies {:.1} GB/s\n",
-            flops(rates.gflops),
-            rates.read_gb_s,
-            rates.copy_gb_s
-        );
-    }
+    text += &limit_lines(&report.limits);
     if !device.timestamps {
         text += "times are by the host's clock: the device has none\n";
     }
     text + &format!(
-        "\n{:33}{:12}{:>11}{:>7}{:>16}{:>8}{:>7}{:>10}{:>10}{:>7}  {}\n",
+        "\n{:33}{:12}{:>11}{:>7}{:>16}{:>7}{:>10}{:>10}{:>7}  {}\n",
         "B,H,Hk,Q,K,D",
         "route",
         "median ms",
         "+-",
         "rate",
-        "share",
         "ratio",
         "host ms",
         "first ms",
@@ -319,25 +409,28 @@ fn line_rate(entry: &Entry) -> String {
     }
 }
 
+fn refusal(one: &Refused) -> String {
+    let (shape, route, why) = (one.shape.to_string(), &one.route, &one.why);
+    format!("{shape:33}{route:12}{why}\n")
+}
+
 /// The figures of an entry; no rate where it is too noisy for one.
 fn line(entry: &Entry) -> String {
     let noise = entry.ms.noise() * 100.0;
-    let (rate, share) = match entry.ms.is_noisy() {
-        true => ("too noisy".into(), None),
-        false => (line_rate(entry), entry.share),
+    let rate = match entry.ms.is_noisy() {
+        true => "too noisy".into(),
+        false => line_rate(entry),
     };
-    let star = if entry.chosen { " *" } else { "" };
     let maybe = |x: Option<f64>, show: &dyn Fn(f64) -> String| x.map_or(String::new(), show);
     let plan = match &entry.peer {
         Some(peer) if !peer.right => format!("WRONG, {}; {}", off(peer), entry.plan),
         _ => entry.plan.clone(),
     };
     format!(
-        "{:33}{:12}{:11.4}{noise:5.0} %{rate:>16}{:>8}{:>7}{:>10}{:10.0}{:>7}  {plan}",
+        "{:33}{:12}{:11.4}{noise:5.0} %{rate:>16}{:>7}{:>10}{:10.0}{:>7}  {plan}",
         entry.shape.to_string(),
-        format!("{}{star}", entry.route),
+        name(entry),
         entry.ms.median,
-        maybe(share, &percent),
         maybe(entry.ratio, &|n| format!("{n:.2}")),
         maybe(entry.host_ms, &|ms| format!("{ms:.3}")),
         entry.first_ms,

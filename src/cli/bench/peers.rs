@@ -254,14 +254,18 @@ impl Peers {
 }
 
 impl Peer {
-    /// One call, timed by the peer; none any more after one that failed.
+    /// One call, timed by the peer; none any more after one that failed, which ends its process: it would go on
+    /// computing beside the others.
     pub fn call(&mut self) {
         if self.failed.is_some() {
             return;
         }
         match self.talk.ask::<Done>(&json!("call")) {
             Ok(Done {}) => self.calls += 1,
-            Err(why) => self.failed = Some(why),
+            Err(why) => {
+                self.failed = Some(why);
+                self.talk.kill();
+            }
         }
     }
 
@@ -402,10 +406,16 @@ impl Talk {
     }
 }
 
-impl Drop for Talk {
-    fn drop(&mut self) {
+impl Talk {
+    fn kill(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        self.kill();
     }
 }

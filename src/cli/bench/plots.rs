@@ -137,12 +137,13 @@ pub fn roofline(report: &Report) -> Result<Plot> {
     // What does not run on the device is not under its roof.
     let entries = || {
         let all = report.entries.iter();
-        all.filter(|entry| entry.counts() && entry.share.is_some())
+        all.filter(|entry| entry.counts() && entry.is_on_device())
     };
     let place = |entry: &Entry| (entry.shape.flop() / entry.shape.bytes(), entry.gflops);
     let mut roofs = vec![("f32", report.limits.f32)];
     roofs.extend(report.limits.f16.map(|rates| ("f16", rates)));
-    let ridges = roofs.iter().map(|(_, r)| r.gflops / r.read_gb_s);
+    let (read, _) = report.limits.reads();
+    let ridges = roofs.iter().map(|(_, r)| r.gflops / read);
     let x = around(entries().map(|e| place(e).0).chain(ridges), 2.0);
     let tops = roofs.iter().map(|(_, r)| r.gflops);
     let y = around(entries().map(|e| place(e).1).chain(tops), 2.0);
@@ -153,9 +154,9 @@ pub fn roofline(report: &Report) -> Result<Plot> {
         |chart| {
             for (ix, (name, rates)) in roofs.iter().enumerate() {
                 // From the left or lower edge to the ridge, and on to the right edge.
-                let ridge = rates.gflops / rates.read_gb_s;
-                let from = x.start.max(y.start / rates.read_gb_s).min(ridge);
-                let line = [from, ridge, x.end].map(|x| (x, rates.gflops.min(rates.read_gb_s * x)));
+                let ridge = rates.gflops / read;
+                let from = x.start.max(y.start / read).min(ridge);
+                let line = [from, ridge, x.end].map(|x| (x, rates.gflops.min(read * x)));
                 let style = INK.stroke_width(2);
                 match ix {
                     0 => chart.draw_series(LineSeries::new(line, style))?,
@@ -225,7 +226,9 @@ pub fn lengths(report: &Report) -> Result<Vec<Plot>> {
                     .iter()
                     .filter(|e| e.route == route && e.shape.f16 == f16)
                     .collect();
-                line.sort_by_key(|entry| entry.shape.k_len);
+                // What a plan tuned, where it is on the route too.
+                line.sort_by_key(|entry| (entry.shape.k_len, !entry.chosen));
+                line.dedup_by_key(|entry| entry.shape.k_len);
                 let at = |entry: &Entry, ms| (f64::from(entry.shape.k_len), ms);
                 let clear = || line.iter().filter(|entry| entry.counts());
                 let points: Vec<(f64, f64)> = clear().map(|e| at(e, e.ms.median)).collect();

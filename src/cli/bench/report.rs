@@ -12,6 +12,9 @@ use super::shape::Shape;
 /// Above this share of the median between the quartiles a figure is too noisy to mean anything.
 pub const NOISY: f64 = 0.1;
 
+/// The share of a limit above which it was measured too low.
+const MOST_SHARE: f64 = 1.05;
+
 /// A run of `qkv bench`.
 #[derive(Serialize, Deserialize)]
 pub struct Report {
@@ -39,18 +42,77 @@ pub struct Facts {
     pub timestamps: bool,
 }
 
-/// The device's measured limits.
-#[derive(Serialize, Deserialize)]
+/// The device's limits, measured before the first shape and after the last one.
+#[derive(Clone, Copy, Serialize, Deserialize)]
 pub struct Limits {
     pub f32: Rates,
     pub f16: Option<Rates>,
 }
 
+/// The better of both measurements.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 pub struct Rates {
     pub gflops: f64,
     pub read_gb_s: f64,
     pub copy_gb_s: f64,
+    /// What the other one lacked, as parts of them, in their order; 0 where there was one alone.
+    #[serde(default)]
+    pub noise: [f64; 3],
+}
+
+impl Rates {
+    /// The better of both, each rate of its own.
+    fn with(&self, other: &Rates) -> Rates {
+        let both = |a: f64, b: f64| (a.max(b), 1.0 - a.min(b) / a.max(b));
+        let (gflops, multiply_adds) = both(self.gflops, other.gflops);
+        let (read_gb_s, reads) = both(self.read_gb_s, other.read_gb_s);
+        let (copy_gb_s, copies) = both(self.copy_gb_s, other.copy_gb_s);
+        Rates {
+            gflops,
+            read_gb_s,
+            copy_gb_s,
+            noise: [multiply_adds, reads, copies],
+        }
+    }
+}
+
+impl Limits {
+    /// The better of both.
+    pub fn with(&self, other: &Limits) -> Limits {
+        let f16 = self.f16.as_ref().zip(other.f16.as_ref());
+        Limits {
+            f32: self.f32.with(&other.f32),
+            f16: f16.map(|(a, b)| a.with(b)),
+        }
+    }
+
+    fn best(&self, f16: bool, rate: impl Fn(&Rates) -> (f64, f64)) -> (f64, f64) {
+        let own = rate(&self.f32);
+        let other = self.f16.filter(|_| f16).map(|rates| rate(&rates));
+        other.filter(|other| other.0 > own.0).unwrap_or(own)
+    }
+
+    /// GB/s of reads, in whatever type they are fastest, and their noise: bytes are bytes.
+    pub fn reads(&self) -> (f64, f64) {
+        self.best(true, |rates| (rates.read_gb_s, rates.noise[1]))
+    }
+
+    /// GFLOP/s that bound a shape, and their noise: what is stored in f16 may be multiplied in f32.
+    fn multiply_adds(&self, f16: bool) -> (f64, f64) {
+        self.best(f16, |rates| (rates.gflops, rates.noise[0]))
+    }
+
+    /// Says what share of its limit an entry reaches, or that the limit is too noisy for that: measured twice it
+    /// differs, or the entry is above it.
+    pub fn judge(&self, entry: &mut Entry) {
+        let (reached, (most, noise)) = match entry.shape.is_decode() {
+            true => (entry.gb_s, self.reads()),
+            false => (entry.gflops, self.multiply_adds(entry.shape.f16)),
+        };
+        let share = reached / most;
+        entry.limit_noisy = noise > NOISY || share > MOST_SHARE;
+        entry.share = (!entry.limit_noisy).then_some(share);
+    }
 }
 
 /// One shape on one route, or by a peer.
@@ -61,10 +123,16 @@ pub struct Entry {
     pub route: String,
     /// The kernels, and the parts of the key axis; of a peer, what it says of itself.
     pub plan: String,
-    /// Whether the plan takes this route of its own accord.
+    /// The kernel and its sizes, as the tuner names them; of a peer, and in reports of old, nothing.
+    #[serde(default)]
+    pub candidate: String,
+    /// Whether a measurement on the device chose it.
+    #[serde(default)]
+    pub tuned: bool,
+    /// Whether the plan takes it of its own accord.
     pub chosen: bool,
-    /// Its time over the chosen route's, by runs that followed each other; none where that is noisy, or the
-    /// answer wrong.
+    /// Its time over the chosen route's, by the same clock and by runs that followed each other; none where that is
+    /// noisy, or the answer wrong.
     pub ratio: Option<f64>,
     /// The first run: planned, compiled, run.
     pub first_ms: f64,
@@ -74,9 +142,12 @@ pub struct Entry {
     pub gflops: f64,
     /// K and V read once.
     pub gb_s: f64,
-    /// Of the measured limit: reads where there is one query, else multiply-adds; the better of both types
-    /// where f16 is stored, as it may be multiplied in f32. None for what does not run on the device.
+    /// Of the measured limit: reads where there is one query, by the type that reads fastest; else multiply-adds,
+    /// by the better of both types where f16 is stored, as it may be multiplied in f32. None for what does not
+    /// run on the device, and where the limit is too noisy.
     pub share: Option<f64>,
+    #[serde(default)]
+    pub limit_noisy: bool,
     /// The worst error beside the oracle, 1 is allowed; and how many rows were compared.
     pub error: f64,
     pub rows: usize,
@@ -92,6 +163,10 @@ pub struct Peer {
     pub about: BTreeMap<String, String>,
     /// Whether its times are by the device's own clock; else by the host's, waiting included.
     pub timestamps: bool,
+    /// Where it goes by the host's clock, the median of what the chosen route takes by that clock in the same rounds,
+    /// which its ratio is to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ours_waited_ms: Option<f64>,
     /// Its largest error and the root mean square of all, as parts of the exact answer's root mean square.
     pub max_error: f64,
     pub rms_error: f64,
@@ -107,7 +182,11 @@ impl fmt::Display for Peer {
             write!(f, "{text}, ")?;
         }
         let clock = if self.timestamps { "device" } else { "host" };
-        write!(f, "by the {clock}'s clock")
+        write!(f, "by the {clock}'s clock")?;
+        match self.ours_waited_ms {
+            Some(ms) => write!(f, ", ours {ms:.3} ms by that"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -115,6 +194,11 @@ impl Entry {
     /// Whether its time is that of a right answer. A wrong one of ours is never timed.
     pub fn is_right(&self) -> bool {
         self.peer.as_ref().is_none_or(|peer| peer.right)
+    }
+
+    /// Whether it ran on the device whose limits were measured.
+    pub fn is_on_device(&self) -> bool {
+        self.share.is_some() || self.limit_noisy
     }
 
     /// Whether its figures mean anything.
@@ -179,17 +263,68 @@ pub fn ratio(own: &[f64], base: &[f64]) -> Option<f64> {
 }
 
 impl Report {
+    /// The entries of two runs that are of the same: shape, route and candidate, and who chose it; of what is left,
+    /// shape and route, so that a plan that changed is beside what it was. Then how
+    /// many are in one run only.
+    pub fn pairs<'a>(&'a self, after: &'a Report) -> (Vec<(&'a Entry, &'a Entry)>, usize) {
+        let mut left: Vec<&Entry> = after.entries.iter().collect();
+        let mut twins = vec![None; self.entries.len()];
+        for exactly in [true, false] {
+            for (a, twin) in self.entries.iter().zip(&mut twins) {
+                let fits = |b: &&Entry| {
+                    let same = a.candidate == b.candidate && a.tuned == b.tuned;
+                    a.shape == b.shape && a.route == b.route && (same || !exactly)
+                };
+                if twin.is_none() {
+                    let at = left.iter().position(fits);
+                    *twin = at.map(|at| left.remove(at));
+                }
+            }
+        }
+        let both = self.entries.iter().zip(twins);
+        let pairs: Vec<_> = both.filter_map(|(a, b)| b.map(|b| (a, b))).collect();
+        let alone = self.entries.len() - pairs.len() + left.len();
+        (pairs, alone)
+    }
+
     pub fn load(path: &Path) -> Result<Report> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
-        serde_json::from_str(&text)
-            .map_err(|e| Error::file(path, format_args!("no report of `qkv bench --json`: {e}")))
+        let mut report: Report = serde_json::from_str(&text)
+            .map_err(|e| Error::file(path, format_args!("no report of `qkv bench --json`: {e}")))?;
+        // Reports of old count a causal shape's work as half of all pairs, and hold the host's clock against the
+        // device's.
+        for entry in &mut report.entries {
+            entry.gflops = entry.shape.flop() / entry.ms.median / 1e6;
+            let peer = entry.peer.as_ref();
+            if peer.is_some_and(|peer| {
+                peer.timestamps != report.device.timestamps && peer.ours_waited_ms.is_none()
+            }) {
+                entry.ratio = None;
+            }
+        }
+        report.judge();
+        Ok(report)
+    }
+
+    /// Whether an entry's times are by the device's own clock.
+    pub fn is_on_devices_clock(&self, entry: &Entry) -> bool {
+        let of_peer = entry.peer.as_ref().map(|peer| peer.timestamps);
+        of_peer.unwrap_or(self.device.timestamps)
+    }
+
+    /// Every entry's share of the limits as they are known now.
+    pub fn judge(&mut self) {
+        let entries = self.entries.iter_mut();
+        for entry in entries.filter(|entry| entry.is_on_device()) {
+            self.limits.judge(entry);
+        }
     }
 
     /// A line an entry, for spreadsheets; one of what was not measured says why, and has no figures.
     pub fn csv(&self) -> String {
         let mut text = String::from(
             "batch,heads,kv_heads,q_len,k_len,dim,causal,type,route,chosen,plan,median_ms,low_ms,high_ms,\
-             noisy,gflops,gb_s,share,ratio,host_ms,first_ms,error,right,why\n",
+             noisy,gflops,gb_s,share,limit_noisy,ratio,host_ms,first_ms,error,right,why\n",
         );
         let begin = |shape: &Shape, route: &str| {
             let Shape {
@@ -210,7 +345,7 @@ impl Report {
         for entry in &self.entries {
             let Spread { median, low, high } = entry.ms;
             text += &format!(
-                "{},{},{},{median},{low},{high},{},{},{},{},{},{},{},{},{},\n",
+                "{},{},{},{median},{low},{high},{},{},{},{},{},{},{},{},{},{},\n",
                 begin(&entry.shape, &entry.route),
                 entry.chosen,
                 quoted(&entry.plan),
@@ -218,6 +353,7 @@ impl Report {
                 entry.gflops,
                 entry.gb_s,
                 maybe(entry.share),
+                entry.limit_noisy,
                 maybe(entry.ratio),
                 maybe(entry.host_ms),
                 entry.first_ms,
@@ -227,7 +363,7 @@ impl Report {
         }
         for one in &self.refused {
             let begun = begin(&one.shape, &one.route);
-            text += &format!("{begun}{}{}\n", ",".repeat(15), quoted(&one.why));
+            text += &format!("{begun}{}{}\n", ",".repeat(16), quoted(&one.why));
         }
         text
     }
@@ -235,7 +371,7 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
-    use super::{Spread, ratio};
+    use super::{Limits, Rates, Spread, ratio};
 
     #[test]
     fn quartiles_and_noise() {
@@ -250,6 +386,30 @@ mod tests {
         assert!(!Spread::of(&[1.0, 1.01, 1.02, 1.0]).is_noisy());
         assert_eq!(Spread::of(&[2.0, 3.0]).median, 2.5);
         assert!(Spread::of(&[]).is_noisy());
+    }
+
+    #[test]
+    fn limits_are_the_better_of_two_and_say_what_the_other_lacked() {
+        let rates = |gflops, read_gb_s| Rates {
+            gflops,
+            read_gb_s,
+            copy_gb_s: 1.0,
+            noise: [0.0; 3],
+        };
+        let limits = |f32, f16| Limits {
+            f32,
+            f16: Some(f16),
+        };
+        let before = limits(rates(80.0, 4.0), rates(20.0, 5.0));
+        let after = limits(rates(100.0, 4.0), rates(25.0, 4.9));
+        let both = before.with(&after);
+        assert_eq!((both.f32.gflops, both.f32.read_gb_s), (100.0, 4.0));
+        assert!((both.f32.noise[0] - 0.2).abs() < 1e-9 && both.f32.noise[1] == 0.0);
+        // In f16 too the multiply-adds of f32, and their noise; reads of the type that reads fastest.
+        let [a, b] = [false, true].map(|f16| both.multiply_adds(f16));
+        assert_eq!((a.0, a), (100.0, b));
+        let (most, noise) = both.reads();
+        assert!(most == 5.0 && (noise - 0.02).abs() < 1e-9);
     }
 
     #[test]

@@ -92,11 +92,21 @@ impl Shape {
         }
     }
 
-    /// 4 B H Q K D, halved where causal.
+    /// Pairs of a query and a key that it sees: where causal the last query sees all keys, and each one before it
+    /// one fewer, down to none.
+    fn pairs(&self) -> f64 {
+        let [q, k] = [self.q_len, self.k_len].map(f64::from);
+        match self.causal {
+            false => q * k,
+            true if q <= k => q * k - q * (q - 1.0) / 2.0,
+            true => k * (k + 1.0) / 2.0,
+        }
+    }
+
+    /// 4 B H D for each pair of a query and a key that it sees.
     pub fn flop(&self) -> f64 {
-        let all = [self.batch, self.heads, self.q_len, self.k_len, self.dim];
-        let all: f64 = all.into_iter().map(f64::from).product();
-        all * if self.causal { 2.0 } else { 4.0 }
+        let all = [self.batch, self.heads, self.dim].map(f64::from);
+        4.0 * all.into_iter().product::<f64>() * self.pairs()
     }
 
     /// Bytes of K and V.
@@ -188,5 +198,35 @@ impl FromStr for Shape {
             causal,
             f16,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Shape;
+
+    #[test]
+    fn flop_are_those_of_the_pairs_that_are_seen() {
+        for (q_len, k_len) in [(1, 1), (1, 9), (3, 8), (7, 7), (9, 4), (5, 1)] {
+            for causal in [false, true] {
+                let (batch, heads, dim) = (2, 6, 5);
+                let shape = Shape {
+                    batch,
+                    heads,
+                    kv_heads: 3,
+                    q_len,
+                    k_len,
+                    dim,
+                    causal,
+                    f16: false,
+                };
+                // The last query is at the last key.
+                let sees = |q: u32, k: u32| !causal || k + q_len <= q + k_len;
+                let pairs = (0..q_len).flat_map(|q| (0..k_len).map(move |k| (q, k)));
+                let pairs = pairs.filter(|&(q, k)| sees(q, k)).count();
+                let flop = 4 * (batch * heads * dim) as usize * pairs;
+                assert_eq!(shape.flop(), flop as f64, "{q_len} {k_len} {causal}");
+            }
+        }
     }
 }
