@@ -12,12 +12,14 @@
 //   O / l; a row that sees no key is zeros
 //
 // Tricks: no workgroup memory and no barrier, which a processor pays dearly for; a lane's read of four columns
-// costs it as much as 50 multiply-adds, so that many rows and keys share what is read; what is done once a row
-// is a loop over the rows and picks the row's registers, which compiles fast.
+// costs it as much as 50 multiply-adds, as each word is a read of its own with a check of its bounds, so that many rows
+// and keys share what is read, and f16 is read as half as many words; what is done once a row is a loop over the rows
+// and picks the row's registers, which compiles fast.
 //
-// Lost, on llvmpipe (Mesa 25.0, two cores) with 8 heads of 512 x 512, D 64, where 24 rows take 11.4 ms (47
-// GFLOP/s): 16 rows, 12.9 ms; 32 rows, 11.5 ms and half as much more to compile; 4 keys of V a turn, as fast
-// and a tenth more to compile; O rescaled in an `if` where some row's maximum grows, as fast and a third more.
+// Lost, on llvmpipe (Mesa 25.0, two cores) with 8 heads of 512 x 512, D 64, where 24 rows take 10.7 ms (50
+// GFLOP/s) and two fifths of that are reads: 16 rows, 12.9 ms; 32 rows, as fast and half as much more to compile; 4 keys
+// of V a turn, as fast and a tenth more to compile; O rescaled in an `if` where some row's maximum grows, as fast and a
+// third more; f32 read as u64, two numbers each, as fast; the next columns read among the multiply-adds, 13.4 ms.
 {% if F16 %}
 enable f16;
 {% endif %}

@@ -1,14 +1,15 @@
 // What the matrix products share: Y [M, N] = activate(X [M, K] W [K, N] + bias) + residual. W's rows are
 // padded to whole vec4s. X's rows are read as vec4s where K allows. GATED: W's columns come in pairs, a gate and
 // what it lets through, and Y [M, N / 2] = activate(gate) * other + residual.
+{% from "shared/rows.wgsl" import element, floats %}
 {% set BLOCKS = W_TYPE in ["q8_0", "q4_0", "q4_1"] %}
 {% if F16 %}
 enable f16;
 {% endif %}
 struct Params { m: u32, n: u32, k: u32, w_stride: u32 }
 @group(0) @binding(0) var<uniform> P: Params;
-@group(0) @binding(1) var<storage, read> x: array<{{ "vec4<" ~ T ~ ">" if VEC == 4 else T }}>;
-@group(0) @binding(2) var<storage, read> w: array<vec4<{{ "u32" if BLOCKS else W_TYPE }}>>;
+@group(0) @binding(1) var<storage, read> x: array<{{ element(T, VEC) }}>;
+@group(0) @binding(2) var<storage, read> w: array<{{ "vec4<u32>" if BLOCKS else element(W_TYPE, 4) }}>;
 @group(0) @binding(3) var<storage, read_write> y: array<{{ O_TYPE }}>;
 {% set optional = (["scales: array<" ~ ("vec4<u32>" if W_TYPE == "q4_1" else "vec2<u32>") ~ ">"] if BLOCKS else [])
     + (["bias: array<f32>"] if HAS_BIAS else []) + (["residual: array<" ~ T ~ ">"] if HAS_RESIDUAL else []) %}
@@ -29,7 +30,8 @@ fn load_x_element(row: u32, k: u32) -> f32 {
 // Four elements of row `row` of X from column `k` on; zeros past its end.
 fn load_x(row: u32, k: u32) -> vec4<f32> {
 {% if VEC == 4 %}
-    return vec4<f32>(x[(row * P.k + k) / 4u]);
+    let four = x[(row * P.k + k) / 4u];
+    return {{ floats("four", T) }};
 {% else %}
     var value = vec4<f32>();
     let at = row * P.k + k;
@@ -65,7 +67,8 @@ fn load_scales(block: u32, quad: u32) -> Scales {
 {% else %}
 // Row `k` of W at the quad of columns `quad`; rows past the end repeat the last, where X is zero.
 fn load_w(k: u32, quad: u32) -> vec4<f32> {
-    return vec4<f32>(w[{{ "k" if VEC == 4 else "min(k, P.k - 1u)" }} * (P.w_stride / 4u) + quad]);
+    let four = w[{{ "k" if VEC == 4 else "min(k, P.k - 1u)" }} * (P.w_stride / 4u) + quad];
+    return {{ floats("four", W_TYPE) }};
 }
 {% endif %}
 

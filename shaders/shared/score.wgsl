@@ -79,10 +79,9 @@ fn t5_bucket(distance: i32) -> u32 {
     let n = u32(max(-distance, 0));
 {% endif %}
     let exact = buckets / 2u;
-    if (n < exact) { return side + n; }
     // The small number makes up for the error of a device's logarithm where the value is whole.
-    let far = log(f32(n) / f32(exact)) / P.t5_distance * f32(buckets - exact) + 2.0e-5;
-    return side + min(exact + u32(far), buckets - 1u);
+    let far = log(f32(max(n, exact)) / f32(exact)) / P.t5_distance * f32(buckets - exact) + 2.0e-5;
+    return side + select(min(exact + u32(far), buckets - 1u), n, n < exact);
 }
 {% endif %}
 

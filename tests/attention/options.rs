@@ -287,15 +287,38 @@ fn a_batch_invariant_row_does_not_change_with_its_chunk() {
         teams_in_subgroups(),
         gpu().caps().without_subgroups(),
     ] {
-        for prefix in [None, Some(1), Some(300)] {
-            let [chunk, alone] = chunk_and_alone(&gpu().narrowed(caps.clone()), prefix);
-            assert_eq!(chunk, alone, "prefix {prefix:?}");
+        for (prefix, route) in [
+            (None, None),
+            (Some(1), None),
+            (Some(300), None),
+            (None, Some(Route::ThreePass)),
+            (Some(300), Some(Route::ThreePass)),
+        ] {
+            let [chunk, alone] = chunk_and_alone(&gpu().narrowed(caps.clone()), prefix, route);
+            assert_eq!(chunk, alone, "prefix {prefix:?} {route:?}");
         }
     }
 }
 
+/// Its tiles are cut for all the rows of a block at once.
+#[test]
+fn a_batch_invariant_prefill_is_refused() {
+    let tensor = |l| gpu().empty("tensor", F32, &[1, 2, l, 16]).unwrap();
+    let [q, k, v, out] = [64, 256, 256, 64].map(tensor);
+    let [q, k, v, out] = [&q, &k, &v, &out].map(|tensor| View::bhld(tensor).unwrap());
+    let options = Options {
+        batch_invariant: true,
+        route: Some(Route::Prefill),
+        ..Options::default()
+    };
+    let tensors = Tensors::new(q, k, v, out);
+    let refused = record(&mut Recorder::new(gpu()), &tensors, &options).unwrap_err();
+    let said = refused.to_string();
+    assert!(said.contains("route") && said.contains("Prefill"), "{said}");
+}
+
 /// The bits of the last query's row after three queries, and after itself alone.
-fn chunk_and_alone(gpu: &Gpu, prefix: Option<u32>) -> [Vec<u32>; 2] {
+fn chunk_and_alone(gpu: &Gpu, prefix: Option<u32>, route: Option<Route>) -> [Vec<u32>; 2] {
     let (d, k_len) = (16, 1100);
     let mut random = grid::Random::new(9);
     let mut noise = |n: u32| -> Vec<f32> { (0..n).map(|_| random.float() as f32).collect() };
@@ -323,6 +346,7 @@ fn chunk_and_alone(gpu: &Gpu, prefix: Option<u32>) -> [Vec<u32>; 2] {
             // The window of the first query begins in another step of the loop than the last one's.
             window: [Some(k_len - 1 - 640), None],
             batch_invariant: true,
+            route,
             ..Options::default()
         };
         let mut recorder = Recorder::new(gpu);

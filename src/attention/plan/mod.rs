@@ -256,6 +256,13 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
                 "only the three-pass route gives weights",
             ));
         }
+        (false, Some(Route::Prefill)) if problem.options.batch_invariant => {
+            return Err(Error::refused(
+                "route",
+                "Prefill",
+                "another one: its rows change with those that share their tiles, and batch_invariant is set",
+            ));
+        }
         (false, Some(route)) => route,
         (false, None) if problem.options.batch_invariant => Route::Decode,
         (false, None) if problem.options.f16_math => Route::Prefill,

@@ -68,7 +68,8 @@ pub struct Options {
     /// prefill route, which is taken unless a measurement on the device found another one faster. Over the rows of
     /// a head, errors stay within twice those of eager PyTorch in f16.
     pub f16_math: bool,
-    /// A row's result does not change with the rest of the batch: nothing of the plan depends on it.
+    /// A row's result does not change with the rest of the batch: nothing of the plan depends on it. The prefill
+    /// route is refused.
     pub batch_invariant: bool,
     /// The route to take; chosen by the plan if not given.
     pub route: Option<crate::attention::Route>,
