@@ -163,6 +163,13 @@ const WRONG_BROADCAST: [&str; 3] = [
     r#"", " ~ e ~ "u)" if BY_LANES"#,
     r#"", " ~ (e + 1) % 8 ~ "u)" if BY_LANES"#,
 ];
+/// Sums of X for the offsets of q4_1, of half the lanes.
+#[cfg(feature = "models")]
+const WRONG_SUM: [&str; 3] = [
+    "matmul",
+    "for step in [1, 2, 4] %",
+    "for step in [1, 2, 2] %",
+];
 
 #[test]
 fn a_wrong_product_by_lanes_takes_subgroups() {
@@ -170,13 +177,21 @@ fn a_wrong_product_by_lanes_takes_subgroups() {
     if !ops::passes_lanes(gpu.caps()) {
         return println!("this device has no such kernels");
     }
-    let [kernel, from, to] = WRONG_BROADCAST;
-    let folder = tempfile::tempdir().unwrap();
-    let found = consult(&gpu.planted(kernel, from, to), Some(folder.path()));
-    let Finding::Wrong(said) = &found.subgroups else {
-        panic!("{found:?}");
+    let subgroups_of = |[kernel, from, to]: [&'static str; 3]| {
+        let folder = tempfile::tempdir().unwrap();
+        consult(&gpu.planted(kernel, from, to), Some(folder.path())).subgroups
+    };
+    let Finding::Wrong(said) = subgroups_of(WRONG_BROADCAST) else {
+        panic!("not seen");
     };
     assert!(said.starts_with("a matrix product: row "), "{said}");
+    #[cfg(feature = "models")]
+    {
+        let Finding::Wrong(said) = subgroups_of(WRONG_SUM) else {
+            panic!("not seen in q4_1");
+        };
+        assert!(said.ends_with("(weights in q4_1)"), "{said}");
+    }
 }
 
 #[test]
