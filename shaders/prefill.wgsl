@@ -44,6 +44,7 @@ enable subgroups;
 {% set lse = [["lse", "read_write", "f32"]] if HAS_LSE else [] %}
 {% set map = [["block_map", "read", "u32"]] if HAS_BLOCK_MAP else [] %}
 {% set buffers = [["q", "read", element(Q_TYPE, VEC)], ["k", "read", element(K_TYPE, VEC)], ["v", "read", element(V_TYPE, VEC)], ["o", "read_write", out_element(O_TYPE, VEC)]] + lse + map %}
+{% from "shared/tile.wgsl" import tile_of %}
 {% include "shared/problem.wgsl" %}
 {% include "shared/score.wgsl" %}
 {{ row_loader("q", Q_TYPE, "head_dim", "x", VEC) }}
@@ -108,24 +109,7 @@ fn main(
     let per_kv = P.heads / P.kv_heads;
     let block = block_at(index / v_blocks % P.blocks, BLOCK_Q, per_kv);
     if (block.x >= P.batch) { return; }
-    let b = block.x;
-    let row_from = block.y;
-    let kh = P.kv_from + index / (v_blocks * P.blocks);
-    let kb = kv_row(b);
-    let queries = q_count(b);
-    let rows = queries * per_kv;
-    let length = kv_length(kb);
-    let start = q_position(b, length);
-
-    // The keys that any row of the block sees: its queries run from i_low to i_high.
-    let row_last = min(row_from + BLOCK_Q, rows) - 1u;
-    let one_head = row_from / queries == row_last / queries;
-    let i_low = select(0u, row_from % queries, one_head);
-    let i_high = select(queries - 1u, row_last % queries, one_head);
-    let low = keys_of(b, start + i32(i_low), length);
-    let high = keys_of(b, start + i32(i_high), length);
-    let k_last = last_key(high);
-
+{{ tile_of("BLOCK_Q") }}
     let tx = thread % 8u;   // keys tx, tx + 8, ..; columns 4 tx .. 4 tx + 3 of a chunk of V
     let ty = thread / 8u;   // rows ROWS ty .. ROWS ty + ROWS - 1
 

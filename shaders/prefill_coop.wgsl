@@ -34,6 +34,7 @@ enable wgpu_cooperative_matrix;
 {% set lse = [["lse", "read_write", "f32"]] if HAS_LSE else [] %}
 {% set map = [["block_map", "read", "u32"]] if HAS_BLOCK_MAP else [] %}
 {% set buffers = [["q", "read", element(Q_TYPE, VEC)], ["k", "read", element(K_TYPE, VEC)], ["v", "read", element(V_TYPE, VEC)], ["o", "read_write", out_element(O_TYPE, VEC)]] + lse + map %}
+{% from "shared/tile.wgsl" import tile_of %}
 {% include "shared/problem.wgsl" %}
 {% include "shared/score.wgsl" %}
 {{ row_loader("q", Q_TYPE, "head_dim", "x", VEC) }}
@@ -140,24 +141,7 @@ fn main(
     }
     let block = workgroupUniformLoad(&wg_block);
     if (block.x >= P.batch) { return; }
-    let b = block.x;
-    let row_from = block.y;
-    let kh = P.kv_from + index / (v_blocks * P.blocks);
-    let kb = kv_row(b);
-    let queries = q_count(b);
-    let rows = queries * per_kv;
-    let length = kv_length(kb);
-    let start = q_position(b, length);
-
-    // The keys that any row of the block sees: its queries run from i_low to i_high.
-    let row_last = min(row_from + BLOCK_Q, rows) - 1u;
-    let one_head = row_from / queries == row_last / queries;
-    let i_low = select(0u, row_from % queries, one_head);
-    let i_high = select(queries - 1u, row_last % queries, one_head);
-    let low = keys_of(b, start + i32(i_low), length);
-    let high = keys_of(b, start + i32(i_high), length);
-    let k_last = last_key(high);
-
+{{ tile_of("BLOCK_Q") }}
     // In the softmax a thread has every {{ TEAM }}th four keys of one row; in the products a subgroup has {{ TILES * M }} rows.
     let team_row = thread / {{ TEAM }}u;
     let part = thread % {{ TEAM }}u;

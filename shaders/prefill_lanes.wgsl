@@ -17,24 +17,24 @@
 // and picks the row's registers, which compiles fast.
 //
 // Lost, on llvmpipe (Mesa 25.0, two cores) with 8 heads of 512 x 512, D 64, where 24 rows take 10.7 ms (50
-// GFLOP/s) and two fifths of that are reads: 16 rows, 12.9 ms; 32 rows, as fast and half as much more to compile; 4 keys
-// of V a turn, as fast and a tenth more to compile; O rescaled in an `if` where some row's maximum grows, as fast and a
-// third more; f32 read as u64, two numbers each, as fast; the next columns read among the multiply-adds, 13.4 ms.
+// GFLOP/s) and two fifths of that are reads: 16 rows, 12.9 ms; 32 rows, 9.9 ms, but half as much more to compile, which
+// is then above a second; 40 rows, 10.4 ms; 4 keys of V a turn, as fast and a tenth more to compile; O rescaled without
+// a look at whether any row's maximum grows, as fast and a tenth more; f32 read as u64, two numbers each, as fast; the
+// next columns read among the multiply-adds, 13.4 ms; rows of Q read at one address by all lanes, 34 ms.
 {% if F16 %}
 enable f16;
 {% endif %}
 {% set HOLES = HAS_BIAS or HAS_SCORE_MOD or HAS_MASK or HAS_MASK_MOD %}
 {% if BROWSER %}
 enable subgroups;
-{% if HOLES %}
-// That a vote of the subgroup, `edge`, is the same in all its lanes is not known to the analysis.
+// That a vote of the subgroup is the same in all its lanes is not known to the analysis.
 diagnostic(off, subgroup_uniformity);
-{% endif %}
 {% endif %}
 {% from "shared/rows.wgsl" import element, out_element, row_loader, row_writer %}
 {% set lse = [["lse", "read_write", "f32"]] if HAS_LSE else [] %}
 {% set map = [["block_map", "read", "u32"]] if HAS_BLOCK_MAP else [] %}
 {% set buffers = [["q", "read", element(Q_TYPE, VEC)], ["k", "read", element(K_TYPE, VEC)], ["v", "read", element(V_TYPE, VEC)], ["o", "read_write", out_element(O_TYPE, VEC)]] + lse + map %}
+{% from "shared/tile.wgsl" import tile_of %}
 {% include "shared/problem.wgsl" %}
 {% include "shared/score.wgsl" %}
 {{ row_loader("q", Q_TYPE, "head_dim", "x", VEC, true) }}
@@ -70,24 +70,7 @@ fn main(
     let per_kv = P.heads / P.kv_heads;
     let block = block_at(index / v_blocks % P.blocks, ROWS, per_kv);
     if (block.x >= P.batch) { return; }
-    let b = block.x;
-    let row_from = block.y;
-    let kh = P.kv_from + index / (v_blocks * P.blocks);
-    let kb = kv_row(b);
-    let queries = q_count(b);
-    let rows = queries * per_kv;
-    let length = kv_length(kb);
-    let start = q_position(b, length);
-
-    // The keys that any row of the block sees: its queries run from i_low to i_high.
-    let row_last = min(row_from + ROWS, rows) - 1u;
-    let one_head = row_from / queries == row_last / queries;
-    let i_low = select(0u, row_from % queries, one_head);
-    let i_high = select(queries - 1u, row_last % queries, one_head);
-    let low = keys_of(b, start + i32(i_low), length);
-    let high = keys_of(b, start + i32(i_high), length);
-    let k_last = last_key(high);
-
+{{ tile_of("ROWS") }}
     // Rows lane, lane + LANES, .. are a lane's own to read: past the last they repeat it.
 {% for n in range(OWN) %}
     let row_{{ n }} = min(row_from + min(lane + {{ n }}u * LANES, ROWS - 1u), rows - 1u);
@@ -186,21 +169,30 @@ fn main(
         }
 {% endif %}
 
+        // Where some lane has a score that moves its row's maximum enough.
+        var grows = false;
 {% for r in range(ROWS) %}
-        {
-            var top = max(max(s_{{ r }}.x, s_{{ r }}.y), max(s_{{ r }}.z, s_{{ r }}.w));
+        let top_{{ r }} = max(max(s_{{ r }}.x, s_{{ r }}.y), max(s_{{ r }}.z, s_{{ r }}.w));
+        grows = grows || top_{{ r }} > m_{{ r }} + 8.0;
+{% endfor %}
+        if (subgroupAny(grows)) {
+            for (var r = 0u; r < ROWS{{ ROLL }}; r += 1u) {
+{{ pick("top", "f32", "r") }}
+{{ pick("m", "f32", "r") }}
 {% for step in [1, 2, 4, 8, 16, 32] %}{% if step < LANES %}
-            top = max(top, subgroupShuffleXor(top, {{ step }}u));
+                top = max(top, subgroupShuffleXor(top, {{ step }}u));
 {% endif %}{% endfor %}
-            let grown = select(m_{{ r }}, top, top > m_{{ r }} + 8.0);
-            let shrink = exp2(m_{{ r }} - grown);
-            m_{{ r }} = grown;
-            l_{{ r }} *= shrink;
+                let grown = select(m, top, top > m + 8.0);
+                let shrink = exp2(m - grown);
+{% for n in range(ROWS) %}
+                m_{{ n }} = select(m_{{ n }}, grown, r == {{ n }}u);
+                l_{{ n }} *= select(1.0, shrink, r == {{ n }}u);
 {% for c in range(V_CHUNKS) %}
-            o_{{ c }}_{{ r }} *= shrink;
+                o_{{ c }}_{{ n }} *= select(1.0, shrink, r == {{ n }}u);
 {% endfor %}
+{% endfor %}
+            }
         }
-{% endfor %}
 {% for r in range(ROWS) %}
         let p_{{ r }} = select(exp2(s_{{ r }} - m_{{ r }}), vec4<f32>(), s_{{ r }} <= vec4<f32>(NEVER));
         l_{{ r }} += p_{{ r }}.x + p_{{ r }}.y + p_{{ r }}.z + p_{{ r }}.w;

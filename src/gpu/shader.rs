@@ -71,6 +71,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "shared/problem",
     "shared/rows",
     "shared/score",
+    "shared/tile",
     "append",
     "block_map",
     "choose",
