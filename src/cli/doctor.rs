@@ -79,11 +79,12 @@ pub fn run(options: &Options, device: Option<&str>) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn powers(report: &Report) -> [(&'static str, &Finding); 3] {
+fn powers(report: &Report) -> [(&'static str, &Finding); 4] {
     let verdict = &report.verdict;
     [
         ("subgroups", &verdict.subgroups),
         ("f16", &verdict.f16),
+        ("products in f16", &verdict.f16_math),
         ("cooperative matrices", &verdict.matrices),
     ]
 }
@@ -195,11 +196,16 @@ fn json(report: &Report, device: Option<&str>) -> Result<serde_json::Value> {
         })
     });
     let checks: Vec<serde_json::Value> = checks.collect();
-    let [subgroups, f16, matrices] = powers(report).map(|(_, found)| finding(found));
+    let [subgroups, f16, f16_math, matrices] = powers(report).map(|(_, found)| finding(found));
     Ok(serde_json::json!({
         "qkv": env!("CARGO_PKG_VERSION"),
         "device": chosen.map(devices::json),
-        "verdict": { "subgroups": subgroups, "f16": f16, "matrices": matrices },
+        "verdict": {
+            "subgroups": subgroups,
+            "f16": f16,
+            "f16_math": f16_math,
+            "matrices": matrices,
+        },
         "avoided": doctor::avoided(&report.claimed),
         "checks": checks,
         "ended": report.ended.as_ref().map(Error::to_string),

@@ -441,9 +441,18 @@ fn judge(
         let gpu = gpu.narrowed(verdict.left(claimed)).untuned();
         // What loads and stores it is the same text in every fused kernel.
         verdict.f16 = attempts.at("f16", || {
-            let forms = [ALL[0], ALL[2], IN_F16];
-            let checks = run(&gpu, DType::F16, small, &forms)?;
+            let checks = run(&gpu, DType::F16, small, &[ALL[0], ALL[2]])?;
             Ok(Verdict::of(&checks).f16)
+        })?;
+        remember(verdict);
+        gpu.alive()?;
+    }
+    if verdict.left(claimed).f16_math && verdict.f16_math == Finding::Unknown {
+        let left = verdict.left(claimed).without_matrices();
+        let gpu = gpu.narrowed(left).untuned();
+        verdict.f16_math = attempts.at("f16_math", || {
+            let checks = run(&gpu, DType::F16, small, &[IN_F16])?;
+            Ok(Verdict::of(&checks).f16_math)
         })?;
         remember(verdict);
         gpu.alive()?;

@@ -10,13 +10,17 @@ fn gpu() -> Gpu {
 
 /// The kernels that a plan takes for a few queries and for many.
 fn chosen(gpu: &Gpu, dtype: DType) -> Result<Vec<&'static str>> {
+    chosen_with(gpu, dtype, &Options::default())
+}
+
+fn chosen_with(gpu: &Gpu, dtype: DType, options: &Options) -> Result<Vec<&'static str>> {
     let mut kernels = Vec::new();
     for q_len in [1, 64] {
         let tensor = |len| gpu.empty("tensor", dtype, &[1, 2, len, 16]);
         let [q, k, out] = [tensor(q_len)?, tensor(64)?, tensor(q_len)?];
         let view = View::bhld;
         let tensors = Tensors::new(view(&q)?, view(&k)?, view(&k)?, view(&out)?);
-        let plan = plan(&Problem::new(&tensors, &Options::default())?, gpu.caps())?;
+        let plan = plan(&Problem::new(&tensors, options)?, gpu.caps())?;
         kernels.extend(plan.launches.iter().map(|launch| launch.shader.kernel));
     }
     Ok(kernels)
@@ -141,7 +145,7 @@ const WRONG_F16_MATH: [&str; 3] = [
 ];
 
 #[test]
-fn wrong_products_in_f16_take_f16() {
+fn wrong_products_in_f16_are_taken_alone() {
     let gpu = gpu();
     if !gpu.caps().f16 {
         return println!("this device has no such kernels");
@@ -150,11 +154,23 @@ fn wrong_products_in_f16_take_f16() {
     let folder = tempfile::tempdir().unwrap();
     let found = consult(&gpu.planted(kernel, from, to), Some(folder.path()));
     assert_eq!(found.subgroups, Finding::Right);
-    let Finding::Wrong(said) = &found.f16 else {
+    assert_eq!(found.f16, Finding::Right);
+    let Finding::Wrong(said) = &found.f16_math else {
         panic!("{found:?}");
     };
     assert!(said.starts_with("Prefill in f16 of `"), "{said}");
-    assert!(!found.narrow(&gpu).caps().f16);
+    let narrow = consult(&gpu, Some(folder.path())).narrow(&gpu);
+    assert_eq!(narrow.caps(), &gpu.caps().without_f16_math());
+    let options = Options {
+        f16_math: true,
+        ..Options::default()
+    };
+    assert!(chosen_with(&gpu, DType::F16, &options).is_ok());
+    let refused = chosen_with(&narrow, DType::F16, &options).unwrap_err();
+    assert!(
+        refused.to_string().contains("gave wrong answers"),
+        "{refused}"
+    );
 }
 
 /// An element of X from the next lane.
@@ -348,12 +364,14 @@ fn a_damaged_verdict_and_another_devices_are_ignored() {
     let wrong = Verdict {
         subgroups: Finding::Wrong("row 3 of 7".into()),
         f16: Finding::Right,
+        f16_math: Finding::Wrong("row 1 of 2".into()),
         matrices: Finding::Unknown,
     };
     wrong.remember(folder.path(), "adapter A\n");
     let known = Verdict::recall(folder.path(), "adapter A\n").unwrap();
     assert_eq!(known.subgroups, Finding::Wrong("row 3 of 7".into()));
     assert_eq!(known.f16, Finding::Right);
+    assert_eq!(known.f16_math, wrong.f16_math);
     assert_eq!(known.matrices, Finding::Unknown);
     assert_eq!(Verdict::recall(folder.path(), "adapter B\n"), None);
 

@@ -25,6 +25,8 @@ pub struct Verdict {
     pub subgroups: Finding,
     /// `f16` in shaders and in storage.
     pub f16: Finding,
+    /// Products in `f16`, of [`Options::f16_math`](crate::attention::Options::f16_math).
+    pub f16_math: Finding,
     /// Cooperative matrices, which no plan uses unless they are known to be right.
     pub matrices: Finding,
 }
@@ -69,7 +71,7 @@ impl Finding {
 
 impl Verdict {
     /// What follows from checks: `f16` is not to blame where subgroup operations are, and neither where
-    /// matrices are.
+    /// matrices or products in `f16` are.
     pub(super) fn of(checks: &[Check]) -> Verdict {
         let is_f16 = |check: &Check| check.storage.contains(&DType::F16);
         let three_passes = |check: &Check| match check.subject {
@@ -85,8 +87,14 @@ impl Verdict {
         let blameless = |check: &&Check| {
             is_f16(check) && !check.matrices && !(lanes(check) && subgroups.is_wrong())
         };
+        let multiplies = |check: &Check| matches!(check.subject, Subject::Attention { f16_math, .. } if f16_math);
+        let (products, others): (Vec<&Check>, Vec<&Check>) = checks
+            .iter()
+            .filter(blameless)
+            .partition(|check| multiplies(check));
         Verdict {
-            f16: Finding::of(checks.iter().filter(blameless)),
+            f16: Finding::of(others.into_iter()),
+            f16_math: Finding::of(products.into_iter()),
             matrices: Finding::of(checks.iter().filter(|check| check.matrices)),
             subgroups,
         }
@@ -96,6 +104,7 @@ impl Verdict {
     pub(super) fn covers(&self, caps: &Caps) -> bool {
         (caps.subgroups.is_none() || self.subgroups != Finding::Unknown)
             && (!caps.f16 || self.f16 != Finding::Unknown)
+            && (!self.left(caps).f16_math || self.f16_math != Finding::Unknown)
             && (self.matrices != Finding::Unknown
                 || self.left(caps).with_matrices().matrix_form().is_none())
     }
@@ -108,6 +117,9 @@ impl Verdict {
         }
         if self.f16.is_wrong() {
             left = left.without_f16();
+        }
+        if self.f16_math.is_wrong() {
+            left = left.without_f16_math();
         }
         if self.matrices.is_wrong() {
             left = left.without_matrices();
@@ -124,6 +136,7 @@ impl Verdict {
                 &self.subgroups,
             ),
             ("kernels with f16", caps.f16, &self.f16),
+            ("products in f16", caps.f16_math, &self.f16_math),
             (
                 "cooperative matrices",
                 !caps.cooperative.is_empty(),
@@ -162,6 +175,7 @@ impl Verdict {
         let verdict = Verdict {
             subgroups: finding("subgroups ")?,
             f16: finding("f16 ")?,
+            f16_math: finding("f16_math ")?,
             matrices: finding("matrices ")?,
         };
         lines.next().is_none().then_some(verdict)
@@ -170,9 +184,11 @@ impl Verdict {
     /// Keeps it for the next start. A failure costs time there and nothing else.
     pub(super) fn remember(&self, folder: &Path, identity: &str) {
         let header = header(identity);
-        let [subgroups, f16, matrices] =
-            [&self.subgroups, &self.f16, &self.matrices].map(Finding::line);
-        let text = format!("{header}subgroups {subgroups}\nf16 {f16}\nmatrices {matrices}\n");
+        let findings = [&self.subgroups, &self.f16, &self.f16_math, &self.matrices];
+        let [subgroups, f16, f16_math, matrices] = findings.map(Finding::line);
+        let text = format!(
+            "{header}subgroups {subgroups}\nf16 {f16}\nf16_math {f16_math}\nmatrices {matrices}\n"
+        );
         if let Err(e) = replace_file(&path(folder, &header), text.as_bytes()) {
             tracing::debug!("the verdict was not saved: {e}");
         }

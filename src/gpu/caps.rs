@@ -66,6 +66,8 @@ pub struct Caps {
     pub name: String,
     /// `f16` in shaders and in storage buffers.
     pub f16: bool,
+    /// Products in `f16` (`Options::f16_math`), unless the doctor found them wrong.
+    pub f16_math: bool,
     /// Smallest and largest subgroup size, where subgroup operations exist.
     pub subgroups: Option<(u32, u32)>,
     /// Cooperative-matrix shapes.
@@ -104,6 +106,7 @@ impl Caps {
         Caps {
             name: info.name,
             f16: features.contains(wgpu::Features::SHADER_F16),
+            f16_math: features.contains(wgpu::Features::SHADER_F16),
             subgroups: features
                 .contains(wgpu::Features::SUBGROUP)
                 .then_some((info.subgroup_min_size, info.subgroup_max_size)),
@@ -177,10 +180,19 @@ impl Caps {
         }
     }
 
+    /// These powers without products in `f16`.
+    pub fn without_f16_math(&self) -> Self {
+        Caps {
+            f16_math: false,
+            ..self.clone()
+        }
+    }
+
     /// These powers without `f16`.
     pub fn without_f16(&self) -> Self {
         Caps {
             f16: false,
+            f16_math: false,
             ..self.clone()
         }
     }
@@ -199,6 +211,7 @@ impl Caps {
         Caps {
             name: self.name.clone(),
             f16: false,
+            f16_math: false,
             subgroups: None,
             cooperative: Vec::new(),
             matrices: Matrices::Unused,

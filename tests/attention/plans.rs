@@ -10,6 +10,7 @@ pub fn caps() -> Caps {
     Caps {
         name: "none".into(),
         f16: true,
+        f16_math: true,
         subgroups: Some((32, 32)),
         cooperative: Vec::new(),
         matrices: Matrices::Used,

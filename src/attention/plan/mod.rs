@@ -102,6 +102,13 @@ pub fn plan_with(problem: &Problem, caps: &Caps, tuned: Option<Candidate>) -> Re
             "false: this device has no f16 in shaders",
         ));
     }
+    if problem.options.f16_math && !caps.f16_math {
+        return Err(Error::refused(
+            "f16_math",
+            true,
+            "false: products in f16 gave wrong answers on this device (`qkv doctor` looks again)",
+        ));
+    }
     let f16 = problem.types.contains(&DType::F16) || problem.bias_type == Some(DType::F16);
     if f16 && !caps.f16 {
         return Err(Error::refused(
