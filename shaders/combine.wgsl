@@ -53,8 +53,8 @@ fn main(
     let top = max(x, y);
     let p = select(exp(x - top), 0.0, x <= NEVER);
     let q = select(exp(y - top), 0.0, y <= NEVER);
-    // Zero where both are empty, else 1 at least; NaN where a part's is.
-    let over = 1.0 / select(p + q, 1.0, p + q == 0.0);
+    // 1 at least but where both are empty.
+    let over = 1.0 / max(p + q, 1.0);
     var sum = vec4<f32>();
 {% for e in range(4) %}
     if (d + {{ e }}u < P.value_dim) {

@@ -306,6 +306,48 @@ fn a_hundred_thousand_keys_equal_the_oracle() {
     );
 }
 
+/// As many keys as a driver that cuts long loops is given at once, each tile's scores far above the last one's and
+/// one of its keys masked, so that no tile can be spared a turn.
+#[test]
+fn the_longest_loops_of_prefill_reach_the_last_key() {
+    if !gpu().caps().software {
+        return println!("only processors have such loops");
+    }
+    let options = Options {
+        route: Some(Route::Prefill),
+        scale: Some(1.0),
+        mask_mod: Some("fn mask_mod(b: u32, h: u32, q: u32, k: u32) -> bool { return k % 32u != 5u || q != 3u; }".into()),
+        ..Options::default()
+    };
+    for caps in [gpu().caps().clone(), gpu().caps().without_subgroups()] {
+        let fits = |len| plans::planned([1, 1, 1], [24, len], [4, 4], &options, &caps).is_ok();
+        let (mut most, mut many) = (1_000, 200_000);
+        assert!(fits(most) && !fits(many));
+        while many - most > 1 {
+            let len = most.midpoint(many);
+            *if fits(len) { &mut most } else { &mut many } = len;
+        }
+        let narrow = gpu().narrowed(caps);
+        let keys: Vec<f32> = (0..most * 4).map(|n| (n / 128 * 4) as f32).collect();
+        let values: Vec<f32> = (0..most * 4).map(|n| (n / 128) as f32).collect();
+        let floats =
+            |shape: [u32; 4], x: &[f32]| narrow.upload_floats("tensor", F32, &shape, x).unwrap();
+        let q = floats([1, 1, 24, 4], &[1.0; 96]);
+        let [k, v] = [keys, values].map(|x| floats([1, 1, most, 4], &x));
+        let out = narrow.empty("out", F32, &[1, 1, 24, 4]).unwrap();
+        let view = |tensor| View::bhld(tensor).unwrap();
+        let tensors = Tensors::new(view(&q), view(&k), view(&v), view(&out));
+        let mut recorder = Recorder::new(&narrow);
+        record(&mut recorder, &tensors, &options).unwrap();
+        narrow.run(&recorder.finish().unwrap()).unwrap();
+        let last = ((most - 1) / 32) as f32;
+        println!("{most} keys");
+        for x in narrow.read_floats(&out).unwrap() {
+            assert!((x - last).abs() < 1e-3, "{x} for {last} of {most} keys");
+        }
+    }
+}
+
 #[test]
 fn a_nan_reaches_the_rows_that_see_it_and_no_other() {
     // Key or value 20 is NaN: queries 0 .. 19 of a causal problem do not see it, the others do.
@@ -366,9 +408,18 @@ fn a_nan_is_not_lost_in_merging() {
             .upload_floats("lse", F32, &[1, 1, 1], &[f32::NAN])
             .unwrap(),
     );
+    // Of a row that saw no key.
+    let (empty, no_lse) = (
+        upload(&[1, 1, 1, 4], 0.0),
+        gpu()
+            .upload_floats("lse", F32, &[1, 1, 1], &[f32::NEG_INFINITY])
+            .unwrap(),
+    );
     for parts in [
         [(&sound, &lse), (&nan, &nan_lse)],
         [(&nan, &nan_lse), (&sound, &lse)],
+        [(&empty, &no_lse), (&nan, &nan_lse)],
+        [(&nan, &nan_lse), (&empty, &no_lse)],
     ] {
         let result = gpu().empty("out", F32, &[1, 1, 1, 4]).unwrap();
         let into = View::bhld(&result).unwrap();

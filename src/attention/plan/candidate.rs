@@ -246,7 +246,7 @@ impl Candidate {
             && (self.keys == 1 || decodes && lanes.is_some() && self.keys == 4)
             && (self.splits == 1 || decodes && (2..=problem.k_len().max(1)).contains(&self.splits))
             && (self.route != Route::Prefill
-                || problem.k_len() as u64 <= prefill_keys(problem, caps, self.subgroups))
+                || problem.k_len() as u64 <= prefill_keys(problem, caps, *self))
     }
 
     /// The kernels that are worth a measurement on this problem, the table's own first, each with the parts

@@ -222,26 +222,26 @@ fn by_lanes(caps: &Caps) -> bool {
 
 /// Turns that are left for the keys: those that look for a row's sequence come first.
 fn turns_left(problem: &Problem) -> u64 {
-    TURNS
-        - if problem.ragged_q {
-            problem.batch as u64
-        } else {
-            0
-        }
+    let sequences = if problem.ragged_q { problem.batch } else { 0 };
+    TURNS - sequences as u64
 }
 
-/// The longest key axis of a kernel of the prefill route.
-fn prefill_keys(problem: &Problem, caps: &Caps, subgroups: Subgroups) -> u64 {
+/// The longest key axis of a candidate of the prefill route.
+fn prefill_keys(problem: &Problem, caps: &Caps, candidate: Candidate) -> u64 {
     if !caps.software {
         return u64::MAX;
     }
     // A tile's turns. Matrices by plain loops: a lane's share of each product, and what comes and goes.
-    if let Some(coop) = Coop::new(problem, caps).filter(|_| subgroups == Subgroups::Matrices) {
+    if let Some(coop) =
+        Coop::new(problem, caps).filter(|_| candidate.subgroups == Subgroups::Matrices)
+    {
         return turns_left(problem) / (coop.turns() as u64 + 200) * coop::BLOCK_K as u64;
     }
-    // By lanes: its products, scores and weights.
-    if subgroups == Subgroups::Lanes {
-        return turns_left(problem) / (problem.head_dim() as u64 / 4 + 60) * 32;
+    // By lanes: its products, each row's scores and maximum, and its keys' values.
+    if let (Some(lanes), Subgroups::Lanes) = (whole_lanes(caps), candidate.subgroups) {
+        let keys = 4 * lanes as u64;
+        let turns = 1 + problem.head_dim() as u64 / 4 + 2 * candidate.rows as u64 + keys;
+        return turns_left(problem) / turns * keys;
     }
     // Staging and products for each 32 columns of D and Dv, and the rows' maxima.
     let tiles = problem.head_dim().div_ceil(32) + problem.value_dim().div_ceil(32).min(4);
@@ -273,9 +273,7 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
         (false, Some(route)) => route,
         (false, None) if problem.options.batch_invariant => Route::Decode,
         (false, None) if problem.options.f16_math => Route::Prefill,
-        (false, None)
-            if problem.k_len() as u64 > prefill_keys(problem, caps, prefill.subgroups) =>
-        {
+        (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps, prefill) => {
             Route::Decode
         }
         (false, None) if rows <= few || problem.q_len() == 1 => Route::Decode,

@@ -116,7 +116,7 @@ impl Planner<'_> {
         // Small subgroups are Intel's, and so may be a device without any.
         let few_registers = self.caps.subgroups.is_none_or(|(least, _)| least < 32);
         self.make_parts(&["q", "k", "v", "o", "lse"])?;
-        if problem.k_len() as u64 > prefill_keys(problem, self.caps, candidate.subgroups) {
+        if problem.k_len() as u64 > prefill_keys(problem, self.caps, candidate) {
             return Err(Error::refused(
                 "k",
                 format_args!("{} rows", problem.k_len()),
