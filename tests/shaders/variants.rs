@@ -150,7 +150,7 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
         weights: gpu.empty("bias", DType::F32, &[1, 1, 1, 130]).unwrap(),
     };
     let mut caps = gpu.caps().without_f16();
-    (caps.f16, caps.storage_buffers) = (true, 8);
+    (caps.f16, caps.f16_math, caps.storage_buffers) = (true, true, 8);
     (caps.workgroup_memory, caps.invocations) = (32_768, 256);
     let view = |tensor, [b, h, l, d]: [u32; 4], dense: bool| {
         let gap = if dense { 0 } else { 1 };
