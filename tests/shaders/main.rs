@@ -154,7 +154,7 @@ fn texts_for_browsers() {
 fn texts_for_compilers() {
     let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
     let mut caps = gpu().caps().without_f16();
-    (caps.f16, caps.software) = (true, false);
+    (caps.f16, caps.f16_math, caps.software) = (true, true, false);
     for (lanes, subgroups, matrices) in [
         ("64", (64, 64), None),
         ("8-32", (8, 32), None),
