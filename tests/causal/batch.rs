@@ -7,7 +7,7 @@ use qkv::generate::{
     Batch, BatchSettings, CausalGenerator, CausalSettings, Event, RequestId, Sequence,
 };
 use qkv::gpu::DType;
-use qkv::model::CausalSpec;
+use qkv::model::{CausalSpec, RopeScaling};
 use qkv::ops::Sampling;
 
 use crate::maker::{make, specs};
@@ -388,6 +388,56 @@ fn what_no_memory_holds_is_refused() {
     ] {
         let said = pages(model, settings, &[3, 84]).unwrap_err().to_string();
         assert!(said.contains(word), "{said}");
+    }
+}
+
+#[test]
+fn a_rotary_base_that_would_grow_is_refused() {
+    // Six positions, from which on it grows.
+    let (_, spec) = specs().swap_remove(4);
+    let (model, _) = make(gpu(), &spec, DType::F32);
+    let prompts = tokens(12, &[3, 2, 4], spec.vocab);
+    let limits = |n| CausalSettings::greedy(n, vec![]);
+    let refused = |prompts: &[Vec<u32>], n| {
+        let made = CausalGenerator::new(&model, prompts, &limits(n));
+        made.err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    let said = refused(&prompts, 4);
+    assert!(
+        said.starts_with("the longest prompt and max_tokens is 7: at most 6"),
+        "{said}"
+    );
+    assert_eq!(refused(&prompts, 3), "");
+    let settings = BatchSettings {
+        pages: 3,
+        page_len: 2,
+        types: [DType::F32; 2],
+        budget: 8,
+        max_sequences: 3,
+        cascade: false,
+    };
+    let more = BatchSettings {
+        pages: 4,
+        ..settings
+    };
+    let said = Batch::new(&model, more).err().expect("a refusal");
+    assert!(
+        said.to_string()
+            .starts_with("the positions of all pages is 8: at most 6"),
+        "{said}"
+    );
+    assert!(Batch::for_texts(&model, more, &[7]).is_err());
+    // Any number of short texts: some wait until others give their pages back.
+    let mut batch = Batch::for_texts(&model, more, &[6, 6, 6]).unwrap();
+    assert_eq!(batch.cache().extents().pages, 3);
+    let ids: Vec<RequestId> = prompts.iter().map(|p| batch.add(p, &limits(3))).collect();
+    let got = answers(batch, 8);
+    // As short as they are, they are what a base that does not grow writes.
+    let mut steady = spec.clone();
+    steady.rope.scaling = RopeScaling::None;
+    let (steady, _) = make(gpu(), &steady, DType::F32);
+    for (id, want) in ids.iter().zip(generate(&steady, &prompts, &limits(3))) {
+        assert_eq!(got.texts[id].tokens, want.tokens);
     }
 }
 

@@ -285,7 +285,7 @@ type Change = fn(&mut serde_json::Value);
 
 #[test]
 fn configs_that_are_not_honoured_are_refused_by_name() {
-    let cases: [(&str, Change, &str); 22] = [
+    let cases: [(&str, Change, &str); 25] = [
         ("llama", |c| c["model_type"] = "gemma".into(), "gemma"),
         (
             "llama",
@@ -330,6 +330,17 @@ fn configs_that_are_not_honoured_are_refused_by_name() {
                 c["head_dim"].take();
             },
             "num_attention_heads",
+        ),
+        ("llama", |c| c["is_causal"] = false.into(), "is_causal"),
+        (
+            "llama",
+            |c| c["rope_scaling"] = serde_json::json!({"rope_type": "linear", "factor": 2.0}),
+            "rope_scaling",
+        ),
+        (
+            "llama-yarn",
+            |c| c["original_max_position_embeddings"] = 0.into(),
+            "original_max_position_embeddings",
         ),
         ("llama", |c| c["num_attention_heads"] = 0.into(), "head"),
         ("llama", |c| c["num_key_value_heads"] = 4.into(), "KV heads"),
@@ -392,6 +403,22 @@ fn older_configs_say_the_same() {
     });
     let new = Golden::new("llama3").model(DType::F32);
     assert_eq!(old.unwrap().spec(), new.spec());
+    let both = load_with("llama3", |c| {
+        c["rope_scaling"] = c["rope_parameters"].clone();
+        c["is_causal"] = true.into();
+    });
+    assert_eq!(both.unwrap().spec(), new.spec());
+    // What stands beside the rotary parameters goes.
+    let outer = load_with("llama3", |c| {
+        c["rope_parameters"]["original_max_position_embeddings"] = 3.into();
+        c["original_max_position_embeddings"] = 16.into();
+    });
+    assert_eq!(outer.unwrap().spec(), new.spec());
+    let empty = load_with("llama3", |c| {
+        c["rope_scaling"] = c["rope_parameters"].take();
+        c["rope_parameters"] = serde_json::json!({});
+    });
+    assert_eq!(empty.unwrap().spec(), new.spec());
     let old = load_with("qwen2", |c| drop(c["layer_types"].take()));
     assert_eq!(old.unwrap().spec().windows, [None, Some(4)]);
     let plain = load_with("mistral", |c| c["sliding_window"] = serde_json::Value::Null);
