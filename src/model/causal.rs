@@ -57,7 +57,7 @@ impl CausalSpec {
         for (name, value, most) in [
             ("the width", self.width, 1 << 16),
             ("the vocabulary", self.vocab, 1 << 24),
-            ("the number of layers", self.layers, 1024),
+            ("the number of layers", self.layers, MAX_LAYERS),
             ("the number of query heads", heads, 1 << 12),
             ("the number of KV heads", kv_heads, heads),
             ("the head dim", head_dim, crate::attention::MAX_HEAD_DIM),
@@ -89,6 +89,9 @@ impl CausalSpec {
         self.rope.check(head_dim)
     }
 }
+
+/// More layers than any model has.
+pub(super) const MAX_LAYERS: u32 = 1024;
 
 /// Positions beyond it would lose their angle's last bits.
 pub(super) const MAX_POSITIONS: u32 = 1 << 20;
@@ -268,6 +271,22 @@ impl CausalModel {
     /// [`Error::Refused`] for rows that are empty, reach past the model's positions, or are not as many as
     /// `starts`, and for ids outside the vocabulary.
     pub fn chunk(&self, tokens: &Padded, starts: &[u32], wanted: Wanted) -> Result<Chunk> {
+        self.chunk_of(
+            tokens,
+            starts,
+            wanted,
+            |t, n| if t < n { t } else { NOWHERE },
+        )
+    }
+
+    /// `place` says where column t of a row of n tokens stands, counted from the row's start.
+    fn chunk_of(
+        &self,
+        tokens: &Padded,
+        starts: &[u32],
+        wanted: Wanted,
+        place: impl Fn(u32, u32) -> u32,
+    ) -> Result<Chunk> {
         let most = self.spec.max_positions;
         let (ids, _) = tokens.upload(&self.gpu, "input_ids", self.spec.vocab, most)?;
         let (n, len) = (tokens.lengths.len() as u32, tokens.len);
@@ -286,7 +305,11 @@ impl CausalModel {
         let places: Vec<u32> = rows
             .enumerate()
             .flat_map(|(s, (&from, &n))| {
-                let position = move |t| if t < n { from + t } else { NOWHERE };
+                let place = &place;
+                let position = move |t| match place(t, n) {
+                    NOWHERE => NOWHERE,
+                    at => from + at,
+                };
                 (0..len).flat_map(move |t| [s as u32, position(t)])
             })
             .collect();
@@ -314,14 +337,9 @@ impl CausalModel {
     pub fn forward(&self, tokens: &Padded, with_attentions: bool) -> Result<CausalForward> {
         let (gpu, spec) = (&self.gpu, &self.spec);
         let (n, len) = (tokens.lengths.len() as u32, tokens.len);
-        let chunk = self.chunk(tokens, &vec![0; n as usize], Wanted::All)?;
         // Here padding stands where it stands, so that its logits too are those of other implementations.
-        let places = (0..n).flat_map(|s| (0..len).flat_map(move |t| [s, t]));
-        let places = places.collect::<Vec<u32>>();
-        let chunk = Chunk {
-            places: Some(gpu.upload_u32("places", &[n * len, 2], &places)?),
-            ..chunk
-        };
+        let starts = vec![0; n as usize];
+        let chunk = self.chunk_of(tokens, &starts, Wanted::All, |t, _| t)?;
         let lengths = gpu.upload_u32("lengths", &[n], &tokens.lengths)?;
         let Heads {
             heads,

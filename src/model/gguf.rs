@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::causal::{CausalNames, MAX_POSITIONS};
-use super::reader::{dense, ordered};
+use super::reader::{binds, dense, ordered};
 use super::{CausalSpec, Rope, RopeScaling, yarn_attention_factor};
 use crate::gguf::{Blocks, Gguf, Header};
 use crate::gpu::{DType, Gpu};
@@ -407,6 +407,14 @@ pub fn matrix(
                 _ => (Cow::Borrowed(bytes), n),
             })
             .collect();
+        // Scales are bound apart.
+        let quants = match storage {
+            Storage::Q8_0 => 32,
+            _ => 16,
+        };
+        let rows: usize = parts.iter().map(|(_, n)| n).sum();
+        let blocks = u64::from(k / 32) * rows.next_multiple_of(4) as u64;
+        binds(gpu, label, blocks * quants)?;
         let rows: Vec<Vec<&[u8]>> = parts
             .iter()
             .map(|(bytes, n)| bytes.chunks_exact(bytes.len() / n).collect())

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::causal::{CausalNames, MAX_POSITIONS};
+use super::causal::{CausalNames, MAX_LAYERS, MAX_POSITIONS};
 use super::{CausalSpec, Rope, RopeScaling, activation, yarn_attention_factor};
 use crate::layers::Heads;
 use crate::ops::Pairs;
@@ -116,12 +116,18 @@ pub(super) fn spec(path: &Path, json: &Value) -> Result<CausalSpec> {
             return refuse(path, "num_attention_heads", heads.to_string(), &bound);
         }
     };
+    // Lists of layers are made before tensors are looked for.
+    let layers = config.num_hidden_layers;
+    if layers == 0 || layers > MAX_LAYERS {
+        let bound = format!("1 to {MAX_LAYERS}");
+        return refuse(path, "num_hidden_layers", layers.to_string(), &bound);
+    }
     // Llama's and Qwen3's switches, which the others do not look at.
     let bias = config.attention_bias && matches!(family, "llama" | "qwen3");
     Ok(CausalSpec {
         width: config.hidden_size,
         vocab: config.vocab_size,
-        layers: config.num_hidden_layers,
+        layers,
         heads: Heads {
             heads,
             kv_heads,
