@@ -169,7 +169,7 @@ impl Completer {
             }
             (false, _) => self.tokenizer.encode(text, true)?,
         };
-        let most = self.model.spec().max_positions as usize;
+        let most = self.model.spec().steady_positions() as usize;
         if ids.len() > most {
             let long = format!("{} tokens long", ids.len());
             let bound = format!("at most the model's {most} positions");

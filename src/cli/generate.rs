@@ -358,7 +358,7 @@ fn kv_cache(text: &str) -> std::result::Result<[DType; 2], String> {
 
 /// How many tokens may follow a prompt of that length.
 fn max_tokens(options: &Options, completer: &Completer, prompt: u32) -> Result<u32> {
-    let most = completer.model.spec().max_positions;
+    let most = completer.model.spec().steady_positions();
     let context = options.context.unwrap_or(most);
     if context == 0 || context > most {
         let bound = format!("1 to the model's {most} positions");

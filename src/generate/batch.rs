@@ -7,7 +7,7 @@ use super::causal::{refuse_grown, seen};
 use super::{CausalSettings, Sequence, read_choices};
 use crate::cache::{Keep, PagedCache, SequenceId};
 use crate::gpu::{DType, Recorder, Tensor};
-use crate::model::{CausalModel, RopeScaling};
+use crate::model::CausalModel;
 use crate::ops::{self, Draw};
 use crate::{Error, Result};
 
@@ -134,7 +134,6 @@ impl<'m> Batch<'m> {
             }
         }
         let positions = u64::from(settings.pages) * u64::from(settings.page_len);
-        let positions = positions.min(spec.max_positions.into());
         refuse_grown(model, "the positions of all pages", positions)?;
         let cache = model.paged_cache(settings.types, settings.pages, settings.page_len)?;
         // A sequence that runs holds a page, and takes a row of every step.
@@ -195,8 +194,9 @@ impl<'m> Batch<'m> {
             model.gpu().caps().max_binding / bytes.max(1)
         });
         // And what a rotary base that grows with the cache leaves.
-        let steady = match model.spec().rope.scaling {
-            RopeScaling::Dynamic { original, .. } => original / settings.page_len,
+        let spec = model.spec();
+        let steady = match spec.steady_positions() {
+            steady if steady < spec.max_positions => steady / settings.page_len,
             _ => u32::MAX,
         };
         let most = page[0].min(page[1]).min(steady.min(settings.pages).into());

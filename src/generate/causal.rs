@@ -70,13 +70,14 @@ pub(super) fn refuse_growing(model: &CausalModel) -> Result<()> {
 /// An error for a cache of more positions than a rotary base that grows with the context was trained on: all its keys
 /// would be turned as in the longest context, while transformers turns each as in the context that it came in.
 pub(super) fn refuse_grown(model: &CausalModel, what: &str, positions: u64) -> Result<()> {
-    match model.spec().rope.scaling {
-        RopeScaling::Dynamic { original, .. } if positions > u64::from(original) => {
-            let bound =
-                format!("at most {original}, as the rotary base grows with longer contexts");
+    let spec = model.spec();
+    let steady = spec.steady_positions();
+    match steady < spec.max_positions && positions > u64::from(steady) {
+        true => {
+            let bound = format!("at most {steady}, as the rotary base grows with longer contexts");
             Err(Error::refused(what, positions, bound))
         }
-        _ => Ok(()),
+        false => Ok(()),
     }
 }
 

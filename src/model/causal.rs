@@ -3,7 +3,7 @@
 use super::load::check_dtype;
 use super::reader::{Reader, Tensors};
 use super::weights::Weights;
-use super::{Columns, Outline, Padded, Rope, Source, gguf, llama};
+use super::{Columns, Outline, Padded, Rope, RopeScaling, Source, gguf, llama};
 use crate::cache::{Cache, Extents};
 use crate::gguf::Gguf;
 use crate::gpu::{DType, Gpu, Recorder, Tensor};
@@ -48,6 +48,15 @@ pub struct CausalSpec {
 }
 
 impl CausalSpec {
+    /// The longest text that steps over a cache write as transformers does: of [`CausalSpec::max_positions`], or where
+    /// the rotary base grows with the context, only as long as it has not begun to.
+    pub fn steady_positions(&self) -> u32 {
+        match self.rope.scaling {
+            RopeScaling::Dynamic { original, .. } => original.min(self.max_positions),
+            _ => self.max_positions,
+        }
+    }
+
     fn check(&self) -> Result<()> {
         let Heads {
             heads,

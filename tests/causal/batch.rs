@@ -343,15 +343,15 @@ fn what_no_memory_holds_is_refused() {
     let (_, spec) = two()[0].clone();
     let caps = gpu().caps().clone();
     let small = gpu().narrowed(qkv::gpu::Caps {
-        // Of keys of a layer, two heads of 8 columns: 20 pages of 4 positions.
-        max_binding: 20 * 4 * 2 * 8 * 4,
+        // Of keys of a layer, two heads of 8 columns: 20 pages of 16 positions. No weight is larger.
+        max_binding: 20 * 16 * 2 * 8 * 4,
         ..caps
     });
     let (model, _) = make(gpu(), &spec, DType::F32);
     let (narrow, _) = make(&small, &spec, DType::F32);
     let settings = BatchSettings {
         pages: u32::MAX,
-        page_len: 4,
+        page_len: 16,
         types: [DType::F32; 2],
         budget: 32,
         max_sequences: 4,
@@ -361,13 +361,13 @@ fn what_no_memory_holds_is_refused() {
         let batch = Batch::for_texts(model, settings, positions);
         batch.map(|batch| batch.cache().extents().pages)
     };
-    assert_eq!(pages(&model, settings, &[80, 79, 3]).unwrap(), 41);
-    assert_eq!(pages(&narrow, settings, &[80, 79, 3]).unwrap(), 20);
+    assert_eq!(pages(&model, settings, &[320, 316, 12]).unwrap(), 41);
+    assert_eq!(pages(&narrow, settings, &[320, 316, 12]).unwrap(), 20);
     for (model, settings, word) in [
         (
             &narrow,
             settings,
-            "is 84: it takes 21 pages of 4, and there may be 20",
+            "is 336: it takes 21 pages of 16, and there may be 20",
         ),
         (
             &model,
@@ -386,7 +386,7 @@ fn what_no_memory_holds_is_refused() {
             "page_len is 0",
         ),
     ] {
-        let said = pages(model, settings, &[3, 84]).unwrap_err().to_string();
+        let said = pages(model, settings, &[12, 336]).unwrap_err().to_string();
         assert!(said.contains(word), "{said}");
     }
 }
