@@ -101,29 +101,32 @@ impl Completer {
         dtype: DType,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Completer> {
-        let (tokenizer, template, mut wishes) = match source {
+        let (tokenizer, template, mut wishes, model) = match source {
             Source::Gguf(path) => {
                 let gguf = Gguf::open(path)?;
                 let template = ChatTemplate::from_gguf(gguf.header())?;
+                let tokenizer = LmTokenizer::from_gguf(gguf.header())?;
                 let wishes = CausalWishes {
                     eos: Vec::new(),
                     repeat_penalty: 1.0,
                 };
-                (LmTokenizer::from_gguf(gguf.header())?, template, wishes)
+                let model = CausalModel::load_gguf(gpu, gguf, dtype, progress)?;
+                (tokenizer, template, wishes, model)
             }
             _ => {
                 let read = |name: &str| Ok(source.file(name)?.map(|bytes| bytes.to_vec()));
                 // First, so that a wrong path is said to be one.
                 let wishes = CausalWishes::load(source)?;
                 let template = ChatTemplate::load(source.path(), &read)?;
-                (LmTokenizer::load(source.path(), &read)?, template, wishes)
+                let tokenizer = LmTokenizer::load(source.path(), &read)?;
+                let model = CausalModel::load(gpu, source, dtype, progress)?;
+                (tokenizer, template, wishes, model)
             }
         };
         let eos = &mut wishes.eos;
         eos.extend(tokenizer.ends());
         eos.sort_unstable();
         eos.dedup();
-        let model = CausalModel::load(gpu, source, dtype, progress)?;
         let vocab = model.spec().vocab;
         if tokenizer.len() > vocab as usize {
             let n = tokenizer.len();

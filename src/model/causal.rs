@@ -193,22 +193,34 @@ impl CausalModel {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<CausalModel> {
         if let Source::Gguf(path) = source {
-            check_dtype(gpu, dtype)?;
-            let gguf = Gguf::open(path)?;
-            let spec = Outline::new(gguf.header())?.spec(&gguf)?;
-            spec.check()?;
-            let tensors = Tensors::Gguf { gguf, taken: 0 };
-            let reader = Reader {
-                gpu,
-                dtype,
-                tensors,
-                progress,
-            };
-            return load(reader, &spec, &gguf::NAMES);
+            return CausalModel::load_gguf(gpu, Gguf::open(path)?, dtype, progress);
         }
         let path = source.path().join("config.json");
         let spec = llama::spec(&path, &source.json("config.json")?)?;
         CausalModel::load_spec(gpu, source, &spec, dtype, progress)
+    }
+
+    /// As [`CausalModel::load`] of a GGUF file that is open.
+    ///
+    /// # Errors
+    /// As [`CausalModel::load`].
+    pub fn load_gguf(
+        gpu: &Gpu,
+        gguf: Gguf,
+        dtype: DType,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<CausalModel> {
+        check_dtype(gpu, dtype)?;
+        let spec = Outline::new(gguf.header())?.spec(&gguf)?;
+        spec.check()?;
+        let tensors = Tensors::Gguf { gguf, taken: 0 };
+        let reader = Reader {
+            gpu,
+            dtype,
+            tensors,
+            progress,
+        };
+        load(reader, &spec, &gguf::NAMES)
     }
 
     /// Loads the safetensors files of the source as what `spec` says, under Llama's names: for stacks that no

@@ -90,6 +90,21 @@ fn a_hugging_face_directory_gives_the_same_ids() {
 }
 
 #[test]
+fn a_template_of_tokens_that_are_not_there_is_refused() {
+    let origin = golden("gguf").join("spm");
+    let json = std::fs::read(origin.join("tokenizer.json")).unwrap();
+    let mut json: Value = serde_json::from_slice(&json).unwrap();
+    json["post_processor"]["special_tokens"] = serde_json::json!({});
+    let read = |file: &str| match file {
+        "tokenizer.json" => Ok(Some(json.to_string().into_bytes())),
+        _ => Ok(std::fs::read(origin.join(file)).ok()),
+    };
+    let said = LmTokenizer::load(&origin, &read).err().expect("a refusal");
+    let word = "tokenizer.json: its template's special token \"<s>\" is not there";
+    assert!(said.to_string().contains(word), "{said}");
+}
+
+#[test]
 fn the_real_model_has_the_ids_of_transformers() {
     let Some(path) = smollm2() else {
         return;
