@@ -222,6 +222,9 @@ fn a_tokenizer_json_that_would_break_off_is_refused() {
             }),
         )
     };
+    let bare = serde_json::json!({
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}}], "pair": [],
+    });
     let sequence = |id: &str| serde_json::json!({"Sequence": {"id": id, "type_id": 0}});
     let special = |id: &str| serde_json::json!({"SpecialToken": {"id": id, "type_id": 0}});
     let good = serde_json::json!([sequence("A"), special("</s>")]);
@@ -236,6 +239,10 @@ fn a_tokenizer_json_that_would_break_off_is_refused() {
             "special token \"<eos>\" is not there",
         ),
         (
+            with("post_processor", bare),
+            "special token \"</s>\" is not there",
+        ),
+        (
             template(serde_json::json!([sequence("B")])),
             "the sequence \"B\"",
         ),
@@ -247,7 +254,15 @@ fn a_tokenizer_json_that_would_break_off_is_refused() {
     }
 }
 
-/// Every cut of a small file, and 3,000 of it with three bytes changed, are errors or work.
+#[test]
+fn what_a_tokenizer_json_says_twice_is_read_as_it_was_checked() {
+    let json = std::fs::read_to_string(Path::new(TINY).join("json/tokenizer.json")).unwrap();
+    let twice = r#"{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "!"},"#;
+    let text = json.trim_start().replacen('{', twice, 1);
+    assert_eq!(with("json", "tokenizer.json", text.as_bytes()), None);
+}
+
+/// A thousand cuts of each small file, and a thousand of it with three bytes changed, are errors or work.
 #[test]
 fn damaged_tokenizers_are_errors_or_work() {
     let mut seed = 1u64;

@@ -9,18 +9,18 @@ use tokenizers::Tokenizer;
 
 use crate::{Error, Result};
 
-/// A tokenizer from its JSON, and that JSON.
-pub(super) fn read(path: &Path, bytes: &[u8]) -> Result<(Box<Tokenizer>, Value)> {
-    let json: Value = serde_json::from_slice(bytes).map_err(|e| Error::file(path, e))?;
-    check(&json).map_err(|what| Error::file(path, what))?;
-    let made = guarded(|| Tokenizer::from_bytes(bytes));
+/// A tokenizer from its JSON; `path` names it in errors.
+pub(super) fn read(path: &Path, json: &Value) -> Result<Box<Tokenizer>> {
+    check(json).map_err(|what| Error::file(path, what))?;
+    // Not a file's own text, which may say a thing twice: what is read is what was checked.
+    let made = guarded(|| Tokenizer::from_bytes(json.to_string()));
     let mut inner = made.map_err(|what| Error::file(path, what))?;
     // Texts are cut and padded by nobody.
     inner.with_padding(None);
     inner
         .with_truncation(None)
         .map_err(|e| Error::file(path, e))?;
-    Ok((Box::new(inner), json))
+    Ok(Box::new(inner))
 }
 
 /// Token ids of a text; `whole` puts around it what the tokenizer's template says.
@@ -65,8 +65,8 @@ fn check(json: &Value) -> std::result::Result<(), String> {
                 ));
             }
             let token = &piece["SpecialToken"]["id"];
-            let known = token.as_str().map(|token| &map["special_tokens"][token]);
-            if known.is_some_and(Value::is_null) {
+            let known = |token: &str| map.get("special_tokens")?.get(token);
+            if token.as_str().is_some_and(|token| known(token).is_none()) {
                 return Err(format!("its template's special token {token} is not there"));
             }
         }

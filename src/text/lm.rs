@@ -150,7 +150,7 @@ impl LmTokenizer {
             (true, None) => Err(must(&format!("tokenizer.ggml.{name}_token_id"))),
         };
         Ok(LmTokenizer {
-            inner: json::read(header.path(), description.to_string().as_bytes())?.0,
+            inner: json::read(header.path(), &description)?,
             spelling,
             around: [put(bos_first, bos, "bos")?, put(eos_last, eos, "eos")?],
             bos,
@@ -176,7 +176,9 @@ impl LmTokenizer {
         let path = origin.join("tokenizer.json");
         let bytes = read_file("tokenizer.json")?
             .ok_or_else(|| Error::file(&path, "the model's directory lacks this file"))?;
-        let (inner, description) = json::read(&path, &bytes)?;
+        let description: Value =
+            serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, e))?;
+        let inner = json::read(&path, &description)?;
         let spelling = spelling(&description["decoder"]).ok_or_else(|| {
             let kind = &description["decoder"]["type"];
             let what = "ByteLevel, and Metaspace or ByteFallback are read";

@@ -83,7 +83,8 @@ impl Tokenizer {
             let what = "the model's directory has neither this file nor source.spm and vocab.json";
             Error::file(&path, what)
         })?;
-        let (inner, _) = json::read(&path, &bytes)?;
+        let description = serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, e))?;
+        let inner = json::read(&path, &description)?;
         Ok(Tokenizer {
             source: Vocabulary::new(&path, inner.get_vocab(true))?,
             segmenter: Segmenter::Json(inner),
