@@ -94,7 +94,7 @@ pub(super) fn charsmap(bytes: &[u8]) -> std::result::Result<(), String> {
         return wrong("has no length");
     };
     let size = u32::from_le_bytes(*size) as usize;
-    if size == 0 || size % 4 != 0 || size > rest.len() {
+    if size == 0 || !size.is_multiple_of(4) || size > rest.len() {
         let n = rest.len();
         return wrong(&format!(
             "has an array of {size} bytes in {n}; whole fours are wanted"
