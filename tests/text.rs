@@ -167,6 +167,8 @@ fn a_charsmap_that_leads_out_of_itself_is_refused() {
     let a = u32::from(b'a');
     let whole = [(97, a | 1 << 8 | 3 << 10), (97 ^ 3, 1 << 31)];
     assert_eq!(map(&whole, b"b\0"), "");
+    let long = |n| map(&whole, &[&vec![b'b'; n][..], &[0]].concat());
+    assert_eq!(long(1024), "");
     for (said, word) in [
         (short(&[1]), "has no length"),
         (short(&[0; 8]), "an array of 0 bytes in 4"),
@@ -178,6 +180,7 @@ fn a_charsmap_that_leads_out_of_itself_is_refused() {
         (map(&[(0, u32::MAX)], b"b\0"), "out of its array at 0"),
         (map(&[(97, a | 1 << 18)], b"b\0"), "out of its array at 97"),
         (map(&whole, b"\xff"), "no UTF-8"),
+        (long(1025), "makes more than 1024 bytes of a few, at 97"),
         (
             map(&[whole[0], (97 ^ 3, 3 | 1 << 31)], b"b\0"),
             "out of its texts at 97",

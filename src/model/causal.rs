@@ -392,7 +392,8 @@ impl CausalModel {
     }
 
     /// One step for every sequence of the cache: appends the chunk's tokens, and writes the logits that it
-    /// asks for, f32 `[S, T, V]` or `[S, V]`. The cache's lengths must count the new tokens already.
+    /// asks for, f32 `[S, T, V]` or `[S, V]`. The cache's lengths must count the new tokens already. Where the base of
+    /// rotary positions grows with the context, it is that of the longest that the cache holds.
     ///
     /// # Errors
     /// [`Error::Refused`] for a cache of another shape, and for logits that do not hold what is written.

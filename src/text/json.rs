@@ -9,6 +9,9 @@ use tokenizers::Tokenizer;
 
 use crate::{Error, Result};
 
+/// The longest text of a charsmap, in bytes; those of sentencepiece's own have 33 at most.
+const MAX_MAPPED: usize = 1024;
+
 /// A tokenizer from its JSON; `path` names it in errors.
 pub(super) fn read(path: &Path, json: &Value) -> Result<Box<Tokenizer>> {
     check(json).map_err(|what| Error::file(path, what))?;
@@ -121,8 +124,22 @@ pub(super) fn charsmap(bytes: &[u8]) -> std::result::Result<(), String> {
         if next | 0xff >= units.len() {
             return wrong(&format!("leads out of its array at {at}"));
         }
-        if ends && !value.is_some_and(|value| texts.is_char_boundary(value)) {
+        if !ends {
+            continue;
+        }
+        let Some(text) = value.and_then(|value| texts.get(value..)) else {
             return wrong(&format!("leads out of its texts at {at}"));
+        };
+        // Each character of a text may become one of these.
+        if text
+            .bytes()
+            .take_while(|&byte| byte != 0)
+            .nth(MAX_MAPPED)
+            .is_some()
+        {
+            return wrong(&format!(
+                "makes more than {MAX_MAPPED} bytes of a few, at {at}"
+            ));
         }
     }
     Ok(())
