@@ -1,5 +1,6 @@
 """Writes the fuzz targets' seeds: small whole files with a value, a tensor and an extent of every kind."""
 
+import base64
 import json
 import struct
 from pathlib import Path
@@ -116,6 +117,50 @@ seeds["tokenizer/llama"] = tokenizer(
     ("tokenizer.ggml.scores", value(9, array(6, [struct.pack("<f", -ix) for ix in range(len(PIECES))]))),
     ("tokenizer.ggml.unknown_token_id", value(4, struct.pack("<I", 0))),
     ("tokenizer.ggml.bos_token_id", value(4, struct.pack("<I", 1))),
+)
+
+
+def field(tag, raw):
+    """A protobuf field of bytes, with its length in two bytes."""
+    return bytes([tag << 3 | 2, len(raw) & 127 | 128, len(raw) >> 7]) + raw
+
+
+# From the root by an a to a b: a double array of 256 units, then its texts.
+ARRAY = [0] * 256
+ARRAY[97], ARRAY[97 ^ 3] = 97 | 1 << 8 | 3 << 10, 1 << 31
+CHARSMAP = struct.pack("<I256I", 1024, *ARRAY) + b"b\0"
+SPM = b"".join(
+    field(1, field(1, piece.encode()) + struct.pack("<Bf", 0x15, score) + bytes([0x18, kind]))
+    for piece, score, kind in [("<unk>", 0, 2), ("</s>", 0, 3), ("a", -1, 1), ("\u2581a", -2, 1), ("<0x0A>", 0, 6)]
+)
+# A unigram model with byte fallback, and a normalizer.
+seeds["directory/spm"] = b"s" + SPM + field(2, bytes([0x18, 1, 0x98, 2, 1])) + field(3, field(2, CHARSMAP))
+
+
+def described(model, normalizer, pre_tokenizer, decoder):
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing", "single": [sequence, end], "pair": [sequence, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}},
+    }
+    token = {"id": 0, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return b"j" + json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [token], "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer, "post_processor": template, "decoder": decoder, "model": model,
+    }).encode()
+
+
+SPACES = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+MAPPED = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(CHARSMAP).decode()}
+seeds["directory/unigram"] = described(
+    {"type": "Unigram", "unk_id": 1, "vocab": [["</s>", 0.0], ["<unk>", 0.0], ["a", -1.0], ["\u2581a", -2.0]]},
+    {"type": "Sequence", "normalizers": [MAPPED, {"type": "Lowercase"}]}, SPACES, SPACES,
+)
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+seeds["directory/bpe"] = described(
+    {"type": "BPE", "vocab": {"</s>": 0, "<unk>": 1, "a": 2, "b": 3, "ab": 4}, "merges": [["a", "b"]], "unk_token": "<unk>"},
+    {"type": "NFC"}, BYTES, BYTES,
 )
 for name, raw in seeds.items():
     (HERE / name).parent.mkdir(parents=True, exist_ok=True)

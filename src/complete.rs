@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use crate::generate::{
-    Batch, CausalGenerator, CausalSettings, DraftCounts, Drafter, Event, ModelDrafter, Ngram,
-    RequestId, Sequence, Speculative,
+    Batch, CausalGenerator, CausalSettings, CausalWishes, DraftCounts, Drafter, Event,
+    ModelDrafter, Ngram, RequestId, Sequence, Speculative,
 };
 use crate::gguf::Gguf;
 use crate::gpu::{DType, Gpu};
@@ -23,6 +23,9 @@ pub struct Completer {
     pub model: CausalModel,
     /// Tokens that end a text or a turn.
     pub eos: Vec<u32>,
+    /// The repeat penalty that the model's directory asks for, 1 for none: for the [`Rules`] of a caller who wishes no
+    /// other.
+    pub repeat_penalty: f32,
     /// How [`Completer::complete`] stores keys and values; as activations are, if not given.
     pub kv_types: Option<[DType; 2]>,
     /// Where [`Completer::complete`] takes drafts from, if anywhere.
@@ -90,32 +93,40 @@ impl Completer {
     /// Loads a Hugging Face directory or a GGUF file. `progress` hears of bytes taken and bytes in all.
     ///
     /// # Errors
-    /// As [`CausalModel::load`], [`LmTokenizer::load`] and [`ChatTemplate::load`]; a tokenizer with more tokens
-    /// than the model.
+    /// As [`CausalModel::load`], [`LmTokenizer::load`], [`ChatTemplate::load`] and [`CausalWishes::load`]; a tokenizer
+    /// with more tokens than the model.
     pub fn load(
         gpu: &Gpu,
         source: &Source,
         dtype: DType,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Completer> {
-        let (tokenizer, template, mut eos) = match source {
+        let (tokenizer, template, mut wishes, model) = match source {
             Source::Gguf(path) => {
                 let gguf = Gguf::open(path)?;
                 let template = ChatTemplate::from_gguf(gguf.header())?;
-                (LmTokenizer::from_gguf(gguf.header())?, template, Vec::new())
+                let tokenizer = LmTokenizer::from_gguf(gguf.header())?;
+                let wishes = CausalWishes {
+                    eos: Vec::new(),
+                    repeat_penalty: 1.0,
+                };
+                let model = CausalModel::load_gguf(gpu, gguf, dtype, progress)?;
+                (tokenizer, template, wishes, model)
             }
             _ => {
                 let read = |name: &str| Ok(source.file(name)?.map(|bytes| bytes.to_vec()));
                 // First, so that a wrong path is said to be one.
-                let ends = ends(source)?;
+                let wishes = CausalWishes::load(source)?;
                 let template = ChatTemplate::load(source.path(), &read)?;
-                (LmTokenizer::load(source.path(), &read)?, template, ends)
+                let tokenizer = LmTokenizer::load(source.path(), &read)?;
+                let model = CausalModel::load(gpu, source, dtype, progress)?;
+                (tokenizer, template, wishes, model)
             }
         };
+        let eos = &mut wishes.eos;
         eos.extend(tokenizer.ends());
         eos.sort_unstable();
         eos.dedup();
-        let model = CausalModel::load(gpu, source, dtype, progress)?;
         let vocab = model.spec().vocab;
         if tokenizer.len() > vocab as usize {
             let n = tokenizer.len();
@@ -126,7 +137,8 @@ impl Completer {
             tokenizer,
             template,
             model,
-            eos,
+            eos: wishes.eos,
+            repeat_penalty: wishes.repeat_penalty,
             kv_types: None,
             drafts: None,
         })
@@ -160,7 +172,7 @@ impl Completer {
             }
             (false, _) => self.tokenizer.encode(text, true)?,
         };
-        let most = self.model.spec().max_positions as usize;
+        let most = self.model.spec().steady_positions() as usize;
         if ids.len() > most {
             let long = format!("{} tokens long", ids.len());
             let bound = format!("at most the model's {most} positions");
@@ -386,32 +398,6 @@ fn withheld(text: &str, stops: &[String]) -> usize {
         .filter(|at| text.len() - at < stops.iter().map(String::len).max().unwrap_or(0))
         .find(begins)
         .map_or(0, |at| text.len() - at)
-}
-
-/// The end tokens of a directory's `generation_config.json`, or else of its `config.json`.
-fn ends(source: &Source) -> Result<Vec<u32>> {
-    let config = source.json("config.json")?;
-    let settings = match source.file("generation_config.json")? {
-        Some(_) => source.json("generation_config.json")?,
-        None => serde_json::Value::Null,
-    };
-    let key = "eos_token_id";
-    let value = [&settings[key], &config[key]];
-    let Some(value) = value.into_iter().find(|value| !value.is_null()) else {
-        return Ok(Vec::new());
-    };
-    let ids: Option<Vec<u32>> = match value.as_array() {
-        Some(ids) => ids.iter().map(id).collect(),
-        None => id(value).map(|id| vec![id]),
-    };
-    ids.ok_or_else(|| {
-        let what = format_args!("{key} is {value}; token ids are wanted");
-        Error::file(source.path(), what)
-    })
-}
-
-fn id(value: &serde_json::Value) -> Option<u32> {
-    value.as_u64().and_then(|id| id.try_into().ok())
 }
 
 #[cfg(test)]

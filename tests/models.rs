@@ -9,7 +9,7 @@ mod device;
 use std::path::{Path, PathBuf};
 
 use device::gpu;
-use qkv::generate::{EarlyStopping, Generator, Settings};
+use qkv::generate::{CausalWishes, EarlyStopping, Generator, Settings};
 use qkv::gpu::{DType, Gpu};
 use qkv::model::{Memory, Model, Padded, Source};
 use safetensors::SafeTensors;
@@ -282,7 +282,14 @@ fn settings_that_are_not_honoured_are_refused_by_name() {
     let golden = Golden::new("relu").dir;
     std::fs::copy(golden.join("config.json"), dir.path().join("config.json")).unwrap();
     let text = std::fs::read(golden.join("generation_config.json")).unwrap();
-    let cases: [(&str, serde_json::Value); 6] = [
+    let cases: [(&str, serde_json::Value); 13] = [
+        ("watermarking_config", serde_json::json!({"bias": 2.0})),
+        ("dola_layers", "high".into()),
+        ("max_time", 2.5.into()),
+        ("penalty_alpha", 0.6.into()),
+        ("num_beams", 2.5.into()),
+        ("max_new_tokens", (-1).into()),
+        ("renormalize_logits", "yes".into()),
         ("do_sample", true.into()),
         ("no_repeat_ngram_size", 3.into()),
         ("repetition_penalty", 1.2.into()),
@@ -306,6 +313,140 @@ fn settings_that_are_not_honoured_are_refused_by_name() {
             .unwrap()
             .renormalize
     );
+}
+
+#[test]
+fn settings_name_the_file_that_they_stand_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = Golden::new("relu").dir;
+    let read = |name: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(golden.join(name)).unwrap()).unwrap()
+    };
+    let (config, generation) = (read("config.json"), read("generation_config.json"));
+    let source = Source::Directory(dir.path().into());
+    let said = |config: &serde_json::Value, generation: Option<&serde_json::Value>| {
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let path = dir.path().join("generation_config.json");
+        let _ = std::fs::remove_file(&path);
+        if let Some(json) = generation {
+            std::fs::write(&path, json.to_string()).unwrap();
+        }
+        Settings::load(&source).unwrap_err().to_string()
+    };
+    let with = |json: &serde_json::Value, key: &str, value: serde_json::Value| {
+        let mut json = json.clone();
+        json[key] = value;
+        json
+    };
+    let old = with(&config, "no_repeat_ngram_size", 3.into());
+    assert!(said(&old, None).contains("/config.json is 3"));
+    let new = with(&generation, "no_repeat_ngram_size", 3.into());
+    assert!(said(&config, Some(&new)).contains("generation_config.json is 3"));
+    // An id that only config.json has.
+    let absent = with(&generation, "eos_token_id", serde_json::Value::Null);
+    let wrong = with(&config, "eos_token_id", "end".into());
+    assert!(said(&wrong, Some(&absent)).contains("/config.json is \"end\""));
+    let neither = with(&config, "eos_token_id", serde_json::Value::Null);
+    let words = said(&neither, Some(&absent));
+    assert!(
+        words.contains("generation_config.json: there is no eos_token_id"),
+        "{words}"
+    );
+}
+
+#[test]
+fn decoder_only_models_wish_ends_and_a_penalty_and_nothing_that_is_not_honoured() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Source::Directory(dir.path().into());
+    let load = |generation: Option<serde_json::Value>| {
+        let path = dir.path().join("generation_config.json");
+        let _ = std::fs::remove_file(&path);
+        if let Some(json) = generation {
+            std::fs::write(&path, json.to_string()).unwrap();
+        }
+        CausalWishes::load(&source)
+    };
+    let config = serde_json::json!({"eos_token_id": 7, "repetition_penalty": 1.5});
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let wishes = |eos: &[u32], repeat_penalty| CausalWishes {
+        eos: eos.to_vec(),
+        repeat_penalty,
+    };
+    assert_eq!(load(None).unwrap(), wishes(&[7], 1.5));
+    // As chat models have them: how texts are drawn is the caller's to say.
+    let chat = serde_json::json!({
+        "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 2, "do_sample": true, "temperature": 0.7,
+        "top_k": 20, "top_p": 0.8, "min_p": 0.0, "typical_p": 0.9, "max_length": 4096, "max_new_tokens": 512,
+        "repetition_penalty": 1.05, "transformers_version": "4.37.0", "suppress_tokens": [], "min_length": 0,
+        "num_beams": 1, "token_healing": false, "guidance_scale": null,
+    });
+    assert_eq!(load(Some(chat.clone())).unwrap(), wishes(&[2, 3], 1.05));
+    let empty = serde_json::json!({});
+    assert_eq!(load(Some(empty)).unwrap(), wishes(&[7], 1.0));
+    for (key, value) in [
+        ("no_repeat_ngram_size", 3.into()),
+        ("min_length", 5.into()),
+        ("min_new_tokens", 5.into()),
+        ("num_beams", 4.into()),
+        ("bad_words_ids", serde_json::json!([[5]])),
+        ("suppress_tokens", serde_json::json!([5])),
+        ("begin_suppress_tokens", serde_json::json!([5])),
+        ("forced_bos_token_id", 5.into()),
+        ("forced_eos_token_id", 5.into()),
+        ("sequence_bias", serde_json::json!([[[1], 2.0]])),
+        (
+            "exponential_decay_length_penalty",
+            serde_json::json!([3, 1.1]),
+        ),
+        ("guidance_scale", 1.5.into()),
+        ("penalty_alpha", 0.6.into()),
+        ("watermarking_config", serde_json::json!({"bias": 2.0})),
+        ("dola_layers", "low".into()),
+        ("max_time", 1.into()),
+        ("stop_strings", serde_json::json!(["."])),
+        ("token_healing", true.into()),
+        ("repetition_penalty", "much".into()),
+        ("eos_token_id", (-1).into()),
+    ] {
+        let mut json = chat.clone();
+        json[key] = value;
+        let said = load(Some(json)).expect_err(key).to_string();
+        let names = [key, "generation_config.json"];
+        assert!(names.iter().all(|name| said.contains(name)), "{said}");
+    }
+}
+
+#[test]
+fn positions_that_no_kernel_binds_are_refused_before_they_are_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = Golden::new("relu").dir;
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden.join(name), dir.path().join(name)).unwrap();
+    }
+    let path = dir.path().join("config.json");
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let positions = 1u32 << 20;
+    json["max_position_embeddings"] = positions.into();
+    std::fs::write(&path, json.to_string()).unwrap();
+    let bytes = u64::from(positions) * json["d_model"].as_u64().unwrap() * 4;
+    let caps = gpu().caps().clone();
+    let small = gpu().narrowed(qkv::gpu::Caps {
+        max_binding: bytes - 1,
+        ..caps
+    });
+    let started = std::time::Instant::now();
+    let source = Source::Directory(dir.path().into());
+    let loaded = Model::load(&small, &source, DType::F32, &mut |_, _| {});
+    let said = loaded.err().expect("a refusal").to_string();
+    assert!(
+        said.contains(&format!(
+            "a table of {positions} positions is {bytes} bytes"
+        )),
+        "{said}"
+    );
+    // The sines of a million positions would take longer.
+    println!("{:?}", started.elapsed());
 }
 
 #[test]

@@ -55,14 +55,10 @@ pub struct Options {
         allow_negative_numbers = true
     )]
     min_p: f32,
-    /// What logits of tokens that were read or written are divided by, or below zero multiplied; 1 for nothing
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 1.0,
-        allow_negative_numbers = true
-    )]
-    repeat_penalty: f32,
+    /// What logits of tokens that were read or written are divided by, or below zero multiplied; 1 for nothing, and what
+    /// the model's directory asks for if not given
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    repeat_penalty: Option<f32>,
     /// The same seed draws the same text
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -114,8 +110,8 @@ struct Request<'o> {
 }
 
 pub fn run(options: &Options, device: &Device) -> Result<()> {
-    let sampling = Sampling {
-        repeat_penalty: options.repeat_penalty,
+    let mut sampling = Sampling {
+        repeat_penalty: options.repeat_penalty.unwrap_or(1.0),
         temperature: options.temperature,
         top_k: options.top_k,
         top_p: options.top_p,
@@ -153,6 +149,9 @@ pub fn run(options: &Options, device: &Device) -> Result<()> {
     let mut completer = load(&gpu, |gpu, progress| {
         Completer::load(gpu, &source, dtype, progress)
     })?;
+    if options.repeat_penalty.is_none() {
+        sampling.repeat_penalty = completer.repeat_penalty;
+    }
     completer.kv_types = options.kv_cache;
     completer.drafts = match &options.draft {
         None => None,
@@ -359,7 +358,7 @@ fn kv_cache(text: &str) -> std::result::Result<[DType; 2], String> {
 
 /// How many tokens may follow a prompt of that length.
 fn max_tokens(options: &Options, completer: &Completer, prompt: u32) -> Result<u32> {
-    let most = completer.model.spec().max_positions;
+    let most = completer.model.spec().steady_positions();
     let context = options.context.unwrap_or(most);
     if context == 0 || context > most {
         let bound = format!("1 to the model's {most} positions");

@@ -159,16 +159,17 @@ fn settings(options: &Options, translator: &Translator) -> Result<Settings> {
     })
 }
 
-/// The language asked for; where the model knows several, one must be.
-fn language<'o>(options: &'o Options, tokenizer: &Tokenizer) -> Result<Option<&'o str>> {
-    let languages = tokenizer.languages();
-    match &options.to {
-        None if languages.len() > 1 => Err(Error::refused(
+/// The language asked for; where the model knows several, one must be, and where it knows one, that is meant.
+fn language<'o>(options: &'o Options, tokenizer: &'o Tokenizer) -> Result<Option<&'o str>> {
+    match (options.to.as_deref(), tokenizer.languages().as_slice()) {
+        (Some(wanted), _) => Ok(Some(wanted)),
+        (None, []) => Ok(None),
+        (None, [one]) => Ok(Some(one)),
+        (None, languages) => Err(Error::refused(
             "--to",
             "absent",
             format!("one of {}", languages.join(", ")),
         )),
-        wanted => Ok(wanted.as_deref()),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::causal::seen;
+use super::causal::{refuse_grown, seen};
 use super::{CausalSettings, Sequence, read_choices};
 use crate::cache::{Keep, PagedCache, SequenceId};
 use crate::gpu::{DType, Recorder, Tensor};
@@ -121,8 +121,8 @@ impl<'m> Batch<'m> {
     /// An empty batch with its cache.
     ///
     /// # Errors
-    /// [`Error::Refused`] for settings of zero and for types that the model's heads do not fit,
-    /// [`Error::OutOfMemory`] where the cache does not fit.
+    /// [`Error::Refused`] for settings of zero, for types that the model's heads do not fit, and for more positions
+    /// than those where the model's rotary base begins to grow; [`Error::OutOfMemory`] where the cache does not fit.
     pub fn new(model: &'m CausalModel, settings: BatchSettings) -> Result<Self> {
         let (gpu, spec) = (model.gpu(), model.spec());
         for (name, value) in [
@@ -133,6 +133,8 @@ impl<'m> Batch<'m> {
                 return Err(Error::refused(name, value, "at least 1"));
             }
         }
+        let positions = u64::from(settings.pages) * u64::from(settings.page_len);
+        refuse_grown(model, "the positions of all pages", positions)?;
         let cache = model.paged_cache(settings.types, settings.pages, settings.page_len)?;
         // A sequence that runs holds a page, and takes a row of every step.
         let most = settings
@@ -191,7 +193,13 @@ impl<'m> Batch<'m> {
             let bytes = dtype.bytes(&[heads.kv_heads, settings.page_len, heads.head_dim]);
             model.gpu().caps().max_binding / bytes.max(1)
         });
-        let most = page[0].min(page[1]).min(u64::from(settings.pages));
+        // And what a rotary base that grows with the cache leaves.
+        let spec = model.spec();
+        let steady = match spec.steady_positions() {
+            steady if steady < spec.max_positions => steady / settings.page_len,
+            _ => u32::MAX,
+        };
+        let most = page[0].min(page[1]).min(steady.min(settings.pages).into());
         if longest > most {
             let n = positions.iter().max().copied().unwrap_or(0);
             let page_len = settings.page_len;

@@ -67,6 +67,20 @@ pub(super) fn refuse_growing(model: &CausalModel) -> Result<()> {
     }
 }
 
+/// An error for a cache of more positions than a rotary base that grows with the context was trained on: all its keys
+/// would be turned as in the longest context, while transformers turns each as in the context that it came in.
+pub(super) fn refuse_grown(model: &CausalModel, what: &str, positions: u64) -> Result<()> {
+    let spec = model.spec();
+    let steady = spec.steady_positions();
+    match steady < spec.max_positions && positions > u64::from(steady) {
+        true => {
+            let bound = format!("at most {steady}, as the rotary base grows with longer contexts");
+            Err(Error::refused(what, positions, bound))
+        }
+        false => Ok(()),
+    }
+}
+
 /// Goes on with a batch of prompts, one token a step: an iterator of [`Step`]. The first step reads the
 /// prompts whole; what the others need is made before it, so that each is one encoder, one submission and a
 /// few bytes back.
@@ -89,8 +103,8 @@ impl<'m> CausalGenerator<'m> {
     ///
     /// # Errors
     /// [`Error::Refused`] for no prompts, an empty one, tokens outside the vocabulary, and prompts that leave
-    /// no room for `max_tokens` within the model's positions; [`Error::OutOfMemory`] where the cache does not
-    /// fit.
+    /// no room for `max_tokens` within the model's positions, or within those where its rotary base begins to grow;
+    /// [`Error::OutOfMemory`] where the cache does not fit.
     pub fn new<R: AsRef<[u32]>>(
         model: &'m CausalModel,
         prompts: &[R],
@@ -123,7 +137,9 @@ impl<'m> CausalGenerator<'m> {
         let n = padded.lengths.len() as u32;
         let chunk = model.chunk(&padded, &vec![0; n as usize], Wanted::Last)?;
         // The last token is written nowhere.
-        let cache = model.cache(types, n, padded.len + settings.max_tokens - 1)?;
+        let capacity = padded.len + settings.max_tokens - 1;
+        refuse_grown(model, "the longest prompt and max_tokens", capacity.into())?;
+        let cache = model.cache(types, n, capacity)?;
         gpu.write(&cache.lengths, bytemuck::cast_slice(&padded.lengths))?;
         let ids = gpu.empty("ids", DType::U32, &[n])?;
         let logits = gpu.empty("logits", DType::F32, &[n, spec.vocab])?;

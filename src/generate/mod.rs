@@ -11,7 +11,7 @@ mod speculative;
 pub use batch::{Batch, BatchSettings, Event, RequestId};
 pub use causal::{CausalGenerator, CausalSettings};
 pub use draft::{Drafter, ModelDrafter, Ngram};
-pub use settings::{EarlyStopping, MAX_BEAMS, Settings};
+pub use settings::{CausalWishes, EarlyStopping, MAX_BEAMS, Settings};
 pub use speculative::{DraftCounts, Speculative};
 
 use crate::cache::{Cache, Extents};

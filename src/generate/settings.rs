@@ -1,5 +1,7 @@
 //! What generation goes by: `generation_config.json`, and what the caller wishes otherwise.
 
+use std::path::PathBuf;
+
 use serde_json::Value;
 
 use crate::model::Source;
@@ -53,94 +55,34 @@ impl Settings {
     /// # Errors
     /// [`Error::Refused`] for a setting that is not honoured here: none is dropped in silence.
     pub fn load(source: &Source) -> Result<Settings> {
-        let config = source.json("config.json")?;
-        let name = "generation_config.json";
-        let own = match source.file(name)? {
-            Some(_) => Some(source.json(name)?),
-            None => None,
-        };
-        let path = source.path().join(name);
-        let (primary, fallback) = match &own {
-            Some(own) => (own, Some(&config)),
-            None => (&config, None),
-        };
-        let get = |key: &str| primary.get(key).filter(|value| !value.is_null());
-        // Ids may stand in either file; what the generation file says goes.
-        let id_value = |key: &str| {
-            get(key).or_else(|| {
-                fallback
-                    .and_then(|config| config.get(key))
-                    .filter(|value| !value.is_null())
-            })
-        };
-        let bad = |key: &str, value: &Value, bound: &str| {
-            Error::refused(format!("{key} in {}", path.display()), value, bound)
-        };
-        let ids = |key: &str, value: Option<&Value>| -> Result<Vec<u32>> {
-            let Some(value) = value else {
-                return Ok(Vec::new());
-            };
-            let list = match value {
-                Value::Array(list) => list.as_slice(),
-                one => std::slice::from_ref(one),
-            };
-            list.iter()
-                .map(|id| {
-                    id.as_u64()
-                        .and_then(|id| u32::try_from(id).ok())
-                        .ok_or_else(|| bad(key, value, "token ids"))
-                })
-                .collect()
-        };
-        let one = |key: &str, value: Option<&Value>| -> Result<Option<u32>> {
-            match ids(key, value)?.as_slice() {
-                [] => Ok(None),
-                [id] => Ok(Some(*id)),
-                _ => Err(bad(key, value.unwrap_or(&Value::Null), "one token id")),
-            }
-        };
-        for (key, neutral) in [
-            ("do_sample", Value::from(false)),
-            ("no_repeat_ngram_size", Value::from(0)),
-            ("encoder_no_repeat_ngram_size", Value::from(0)),
-            ("min_length", Value::from(0)),
-            ("min_new_tokens", Value::from(0)),
-            ("num_beam_groups", Value::from(1)),
-            ("diversity_penalty", Value::from(0.0)),
-            ("repetition_penalty", Value::from(1.0)),
-            ("encoder_repetition_penalty", Value::from(1.0)),
-            ("num_return_sequences", Value::from(1)),
-            ("guidance_scale", Value::from(1.0)),
-            // Lists and objects that have no neutral value but their absence.
-            ("exponential_decay_length_penalty", Value::Null),
-            ("sequence_bias", Value::Null),
-            ("force_words_ids", Value::Null),
-            ("constraints", Value::Null),
-            ("stop_strings", Value::Null),
-        ] {
-            let Some(value) = get(key) else { continue };
-            let same = match (value.as_f64(), neutral.as_f64()) {
-                (Some(value), Some(neutral)) => value == neutral,
-                _ => *value == neutral,
-            };
-            if !same {
-                return Err(bad(key, value, &format!("only {neutral} is honoured")));
-            }
-        }
-        let eos = ids("eos_token_id", id_value("eos_token_id"))?;
-        let start = one("decoder_start_token_id", id_value("decoder_start_token_id"))?
-            .ok_or_else(|| Error::file(&path, "there is no decoder_start_token_id"))?;
+        let wishes = Wishes::load(source)?;
+        wishes.only(&UNKNOWN)?;
+        wishes.only(&[
+            ("do_sample", Neutral::False),
+            ("repetition_penalty", Neutral::Number(1.0)),
+        ])?;
+        let (get, bad) = (
+            |key| wishes.get(key),
+            |key, value: &Value, bound: &str| wishes.refused(key, value, bound),
+        );
+        let eos = wishes.ids("eos_token_id", wishes.id("eos_token_id"))?;
+        let start = wishes
+            .one(
+                "decoder_start_token_id",
+                wishes.id("decoder_start_token_id"),
+            )?
+            .ok_or_else(|| wishes.lacks("decoder_start_token_id"))?;
         if eos.is_empty() {
-            return Err(Error::file(&path, "there is no eos_token_id"));
+            return Err(wishes.lacks("eos_token_id"));
         }
-        let mut suppressed = ids("suppress_tokens", get("suppress_tokens"))?;
+        let mut suppressed = wishes.ids("suppress_tokens", get("suppress_tokens"))?;
         let mut bad_words = Vec::new();
         if let Some(value) = get("bad_words_ids") {
             for word in value
                 .as_array()
                 .ok_or_else(|| bad("bad_words_ids", value, "a list of lists"))?
             {
-                match ids("bad_words_ids", Some(word))?.as_slice() {
+                match wishes.ids("bad_words_ids", Some(word))?.as_slice() {
                     // A bad word that ends a sequence is allowed all the same, as transformers has it.
                     [id] if eos.contains(id) => {}
                     [] => return Err(bad("bad_words_ids", value, "words of at least one token")),
@@ -149,20 +91,12 @@ impl Settings {
                 }
             }
         }
-        let number = |key: &str| -> Result<Option<f64>> {
-            match get(key) {
-                None => Ok(None),
-                Some(value) => value
-                    .as_f64()
-                    .map(Some)
-                    .ok_or_else(|| bad(key, value, "a number")),
-            }
-        };
+        let (number, whole) = (|key| wishes.number(key), |key| wishes.whole(key));
         Ok(Settings {
-            beams: number("num_beams")?.unwrap_or(1.0) as u32,
-            max_tokens: match (number("max_new_tokens")?, number("max_length")?) {
-                (Some(new), _) => new as u32,
-                (None, Some(length)) => (length as u32).saturating_sub(1),
+            beams: whole("num_beams")?.unwrap_or(1),
+            max_tokens: match (whole("max_new_tokens")?, whole("max_length")?) {
+                (Some(new), _) => new,
+                (None, Some(length)) => length.saturating_sub(1),
                 // As many as the model has positions, which `Translator::load` knows.
                 (None, None) => u32::MAX,
             },
@@ -177,12 +111,12 @@ impl Settings {
             },
             start,
             eos,
-            forced_bos: one("forced_bos_token_id", get("forced_bos_token_id"))?,
-            forced_eos: one("forced_eos_token_id", get("forced_eos_token_id"))?,
+            forced_bos: wishes.one("forced_bos_token_id", get("forced_bos_token_id"))?,
+            forced_eos: wishes.one("forced_eos_token_id", get("forced_eos_token_id"))?,
             suppressed,
             bad_words,
-            begin_suppressed: ids("begin_suppress_tokens", get("begin_suppress_tokens"))?,
-            renormalize: get("renormalize_logits").is_some_and(|value| *value == Value::Bool(true)),
+            begin_suppressed: wishes.ids("begin_suppress_tokens", get("begin_suppress_tokens"))?,
+            renormalize: wishes.flag("renormalize_logits")?,
         })
     }
 
@@ -267,3 +201,192 @@ impl Settings {
 
 /// The most beams: the reorder kernel holds one history of each in registers.
 pub const MAX_BEAMS: u32 = 32;
+
+/// What a decoder-only model's directory says of generation. How its texts are drawn, `do_sample`, `temperature`, `top_k`
+/// and their like, and how long they may be, is the caller's to say.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CausalWishes {
+    /// Tokens that end a text.
+    pub eos: Vec<u32>,
+    /// `repetition_penalty`, which transformers applies to greedy texts too; 1 for none.
+    pub repeat_penalty: f32,
+}
+
+impl CausalWishes {
+    /// Of `generation_config.json`, or `config.json` where older exports keep them.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a setting that would change greedy texts and is not honoured.
+    pub fn load(source: &Source) -> Result<CausalWishes> {
+        let wishes = Wishes::load(source)?;
+        wishes.only(&UNKNOWN)?;
+        wishes.only(&[
+            ("num_beams", Neutral::Number(1.0)),
+            ("bad_words_ids", Neutral::Nothing),
+            ("suppress_tokens", Neutral::Nothing),
+            ("begin_suppress_tokens", Neutral::Nothing),
+            ("forced_bos_token_id", Neutral::Nothing),
+            ("forced_eos_token_id", Neutral::Nothing),
+        ])?;
+        Ok(CausalWishes {
+            eos: wishes.ids("eos_token_id", wishes.id("eos_token_id"))?,
+            repeat_penalty: wishes.number("repetition_penalty")?.unwrap_or(1.0) as f32,
+        })
+    }
+}
+
+/// With what value a setting changes nothing.
+#[derive(Clone, Copy)]
+enum Neutral {
+    Number(f64),
+    False,
+    /// Only by its absence, or an empty list.
+    Nothing,
+}
+
+/// Settings that no kind of model is generated by here.
+const UNKNOWN: [(&str, Neutral); 20] = [
+    ("no_repeat_ngram_size", Neutral::Number(0.0)),
+    ("encoder_no_repeat_ngram_size", Neutral::Number(0.0)),
+    ("min_length", Neutral::Number(0.0)),
+    ("min_new_tokens", Neutral::Number(0.0)),
+    ("num_beam_groups", Neutral::Number(1.0)),
+    ("diversity_penalty", Neutral::Number(0.0)),
+    ("encoder_repetition_penalty", Neutral::Number(1.0)),
+    ("num_return_sequences", Neutral::Number(1.0)),
+    ("guidance_scale", Neutral::Number(1.0)),
+    ("penalty_alpha", Neutral::Number(0.0)),
+    ("token_healing", Neutral::False),
+    ("exponential_decay_length_penalty", Neutral::Nothing),
+    ("sequence_bias", Neutral::Nothing),
+    ("force_words_ids", Neutral::Nothing),
+    ("forced_decoder_ids", Neutral::Nothing),
+    ("constraints", Neutral::Nothing),
+    ("stop_strings", Neutral::Nothing),
+    ("watermarking_config", Neutral::Nothing),
+    ("dola_layers", Neutral::Nothing),
+    ("max_time", Neutral::Nothing),
+];
+
+/// `generation_config.json`, or `config.json` where there is none.
+struct Wishes {
+    /// The file that speaks, and what it says.
+    file: (PathBuf, Value),
+    /// `config.json`, if that is another one.
+    config: Option<(PathBuf, Value)>,
+}
+
+impl Wishes {
+    fn load(source: &Source) -> Result<Wishes> {
+        let read = |name: &str| Ok::<_, Error>((source.path().join(name), source.json(name)?));
+        let config = read("config.json")?;
+        let name = "generation_config.json";
+        Ok(match source.file(name)? {
+            Some(_) => Wishes {
+                file: read(name)?,
+                config: Some(config),
+            },
+            None => Wishes {
+                file: config,
+                config: None,
+            },
+        })
+    }
+
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.file.1.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Ids may stand in either file; what the generation file says goes.
+    fn id(&self, key: &str) -> Option<&Value> {
+        let other = || self.config.as_ref()?.1.get(key);
+        self.get(key)
+            .or_else(|| other().filter(|value| !value.is_null()))
+    }
+
+    fn refused(&self, key: &str, value: &Value, bound: &str) -> Error {
+        // Where the value stands.
+        let other = self.config.as_ref().filter(|_| self.get(key).is_none());
+        let (path, _) = other.unwrap_or(&self.file);
+        Error::refused(format!("{key} in {}", path.display()), value, bound)
+    }
+
+    fn lacks(&self, key: &str) -> Error {
+        Error::file(&self.file.0, format_args!("there is no {key}"))
+    }
+
+    /// An error for a setting that would change something.
+    fn only(&self, settings: &[(&str, Neutral)]) -> Result<()> {
+        for &(key, neutral) in settings {
+            let Some(value) = self.get(key) else { continue };
+            let (same, bound) = match neutral {
+                Neutral::Number(n) => (value.as_f64() == Some(n), format!("only {n} is honoured")),
+                Neutral::False => (
+                    *value == Value::Bool(false),
+                    "only false is honoured".into(),
+                ),
+                Neutral::Nothing => (
+                    value.as_array().is_some_and(Vec::is_empty),
+                    "it is not honoured".into(),
+                ),
+            };
+            if !same {
+                return Err(self.refused(key, value, &bound));
+            }
+        }
+        Ok(())
+    }
+
+    fn ids(&self, key: &str, value: Option<&Value>) -> Result<Vec<u32>> {
+        let Some(value) = value else {
+            return Ok(Vec::new());
+        };
+        let list = match value {
+            Value::Array(list) => list.as_slice(),
+            one => std::slice::from_ref(one),
+        };
+        list.iter()
+            .map(|id| {
+                id.as_u64()
+                    .and_then(|id| u32::try_from(id).ok())
+                    .ok_or_else(|| self.refused(key, value, "token ids"))
+            })
+            .collect()
+    }
+
+    fn one(&self, key: &str, value: Option<&Value>) -> Result<Option<u32>> {
+        match self.ids(key, value)?.as_slice() {
+            [] => Ok(None),
+            [id] => Ok(Some(*id)),
+            _ => Err(self.refused(key, value.unwrap_or(&Value::Null), "one token id")),
+        }
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        let number = value.as_f64();
+        number
+            .map(Some)
+            .ok_or_else(|| self.refused(key, value, "a number"))
+    }
+
+    fn whole(&self, key: &str) -> Result<Option<u32>> {
+        let Some(number) = self.number(key)? else {
+            return Ok(None);
+        };
+        match number.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&number) {
+            true => Ok(Some(number as u32)),
+            false => Err(self.refused(key, &number.into(), "a whole number")),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<bool> {
+        match self.get(key) {
+            None => Ok(false),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(other) => Err(self.refused(key, other, "true or false")),
+        }
+    }
+}

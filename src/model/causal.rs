@@ -3,7 +3,7 @@
 use super::load::check_dtype;
 use super::reader::{Reader, Tensors};
 use super::weights::Weights;
-use super::{Columns, Outline, Padded, Rope, Source, gguf, llama};
+use super::{Columns, Outline, Padded, Rope, RopeScaling, Source, gguf, llama};
 use crate::cache::{Cache, Extents};
 use crate::gguf::Gguf;
 use crate::gpu::{DType, Gpu, Recorder, Tensor};
@@ -48,6 +48,15 @@ pub struct CausalSpec {
 }
 
 impl CausalSpec {
+    /// The longest text that steps over a cache write as transformers does: of [`CausalSpec::max_positions`], or where
+    /// the rotary base grows with the context, only as long as it has not begun to.
+    pub fn steady_positions(&self) -> u32 {
+        match self.rope.scaling {
+            RopeScaling::Dynamic { original, .. } => original.min(self.max_positions),
+            _ => self.max_positions,
+        }
+    }
+
     fn check(&self) -> Result<()> {
         let Heads {
             heads,
@@ -57,7 +66,7 @@ impl CausalSpec {
         for (name, value, most) in [
             ("the width", self.width, 1 << 16),
             ("the vocabulary", self.vocab, 1 << 24),
-            ("the number of layers", self.layers, 1024),
+            ("the number of layers", self.layers, MAX_LAYERS),
             ("the number of query heads", heads, 1 << 12),
             ("the number of KV heads", kv_heads, heads),
             ("the head dim", head_dim, crate::attention::MAX_HEAD_DIM),
@@ -89,6 +98,9 @@ impl CausalSpec {
         self.rope.check(head_dim)
     }
 }
+
+/// More layers than any model has.
+pub(super) const MAX_LAYERS: u32 = 1024;
 
 /// Positions beyond it would lose their angle's last bits.
 pub(super) const MAX_POSITIONS: u32 = 1 << 20;
@@ -181,22 +193,34 @@ impl CausalModel {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<CausalModel> {
         if let Source::Gguf(path) = source {
-            check_dtype(gpu, dtype)?;
-            let gguf = Gguf::open(path)?;
-            let spec = Outline::new(gguf.header())?.spec(&gguf)?;
-            spec.check()?;
-            let tensors = Tensors::Gguf { gguf, taken: 0 };
-            let reader = Reader {
-                gpu,
-                dtype,
-                tensors,
-                progress,
-            };
-            return load(reader, &spec, &gguf::NAMES);
+            return CausalModel::load_gguf(gpu, Gguf::open(path)?, dtype, progress);
         }
         let path = source.path().join("config.json");
         let spec = llama::spec(&path, &source.json("config.json")?)?;
         CausalModel::load_spec(gpu, source, &spec, dtype, progress)
+    }
+
+    /// As [`CausalModel::load`] of a GGUF file that is open.
+    ///
+    /// # Errors
+    /// As [`CausalModel::load`].
+    pub fn load_gguf(
+        gpu: &Gpu,
+        gguf: Gguf,
+        dtype: DType,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<CausalModel> {
+        check_dtype(gpu, dtype)?;
+        let spec = Outline::new(gguf.header())?.spec(&gguf)?;
+        spec.check()?;
+        let tensors = Tensors::Gguf { gguf, taken: 0 };
+        let reader = Reader {
+            gpu,
+            dtype,
+            tensors,
+            progress,
+        };
+        load(reader, &spec, &gguf::NAMES)
     }
 
     /// Loads the safetensors files of the source as what `spec` says, under Llama's names: for stacks that no
@@ -268,6 +292,22 @@ impl CausalModel {
     /// [`Error::Refused`] for rows that are empty, reach past the model's positions, or are not as many as
     /// `starts`, and for ids outside the vocabulary.
     pub fn chunk(&self, tokens: &Padded, starts: &[u32], wanted: Wanted) -> Result<Chunk> {
+        self.chunk_of(
+            tokens,
+            starts,
+            wanted,
+            |t, n| if t < n { t } else { NOWHERE },
+        )
+    }
+
+    /// `place` says where column t of a row of n tokens stands, counted from the row's start.
+    fn chunk_of(
+        &self,
+        tokens: &Padded,
+        starts: &[u32],
+        wanted: Wanted,
+        place: impl Fn(u32, u32) -> u32,
+    ) -> Result<Chunk> {
         let most = self.spec.max_positions;
         let (ids, _) = tokens.upload(&self.gpu, "input_ids", self.spec.vocab, most)?;
         let (n, len) = (tokens.lengths.len() as u32, tokens.len);
@@ -286,7 +326,11 @@ impl CausalModel {
         let places: Vec<u32> = rows
             .enumerate()
             .flat_map(|(s, (&from, &n))| {
-                let position = move |t| if t < n { from + t } else { NOWHERE };
+                let place = &place;
+                let position = move |t| match place(t, n) {
+                    NOWHERE => NOWHERE,
+                    at => from + at,
+                };
                 (0..len).flat_map(move |t| [s as u32, position(t)])
             })
             .collect();
@@ -314,14 +358,9 @@ impl CausalModel {
     pub fn forward(&self, tokens: &Padded, with_attentions: bool) -> Result<CausalForward> {
         let (gpu, spec) = (&self.gpu, &self.spec);
         let (n, len) = (tokens.lengths.len() as u32, tokens.len);
-        let chunk = self.chunk(tokens, &vec![0; n as usize], Wanted::All)?;
         // Here padding stands where it stands, so that its logits too are those of other implementations.
-        let places = (0..n).flat_map(|s| (0..len).flat_map(move |t| [s, t]));
-        let places = places.collect::<Vec<u32>>();
-        let chunk = Chunk {
-            places: Some(gpu.upload_u32("places", &[n * len, 2], &places)?),
-            ..chunk
-        };
+        let starts = vec![0; n as usize];
+        let chunk = self.chunk_of(tokens, &starts, Wanted::All, |t, _| t)?;
         let lengths = gpu.upload_u32("lengths", &[n], &tokens.lengths)?;
         let Heads {
             heads,
@@ -353,7 +392,8 @@ impl CausalModel {
     }
 
     /// One step for every sequence of the cache: appends the chunk's tokens, and writes the logits that it
-    /// asks for, f32 `[S, T, V]` or `[S, V]`. The cache's lengths must count the new tokens already.
+    /// asks for, f32 `[S, T, V]` or `[S, V]`. The cache's lengths must count the new tokens already. Where the base of
+    /// rotary positions grows with the context, it is that of the longest that the cache holds.
     ///
     /// # Errors
     /// [`Error::Refused`] for a cache of another shape, and for logits that do not hold what is written.

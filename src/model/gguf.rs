@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::causal::{CausalNames, MAX_POSITIONS};
-use super::reader::{dense, ordered};
+use super::reader::{binds, dense, ordered};
 use super::{CausalSpec, Rope, RopeScaling, yarn_attention_factor};
 use crate::gguf::{Blocks, Gguf, Header};
 use crate::gpu::{DType, Gpu};
@@ -103,6 +103,10 @@ impl Outline {
                 let what = format_args!("{} is above 0; models of experts are not run", key(name));
                 return Err(header.error(what));
             }
+        }
+        if header.flag(&key("attention.causal"))? == Some(false) {
+            let key = key("attention.causal");
+            return Err(header.error(format_args!("{key} is false; decoders look back only")));
         }
         let (width, heads) = (must("embedding_length")?, must("attention.head_count")?);
         let head_dim = match find("attention.key_length")? {
@@ -282,8 +286,17 @@ impl Outline {
 }
 
 fn scaling(header: &Header, key: &dyn Fn(&str) -> String, factors: bool) -> Result<OutlineScaling> {
-    let kind = key("rope.scaling.type");
-    let kind = header.text(&kind)?.unwrap_or("none");
+    // As llama.cpp reads them: a factor alone is linear, and it has an older name.
+    let (factor_key, older) = (key("rope.scaling.factor"), key("rope.scale_linear"));
+    let stated = match header.f32(&factor_key)? {
+        None => header.f32(&older)?.map(|factor| (factor, older)),
+        Some(factor) => Some((factor, factor_key.clone())),
+    };
+    // It takes 0 for no factor.
+    let stated = stated.filter(|&(factor, _)| factor != 0.0);
+    let scaled = stated.as_ref().is_some_and(|&(factor, _)| factor != 1.0);
+    let kind = header.text(&key("rope.scaling.type"))?;
+    let kind = kind.unwrap_or(if scaled { "linear" } else { "none" });
     // llama.cpp's defaults are what YaRN is read with.
     for (name, default) in [
         ("attn_factor", 1.0),
@@ -299,12 +312,12 @@ fn scaling(header: &Header, key: &dyn Fn(&str) -> String, factors: bool) -> Resu
             return Err(header.error(what));
         }
     }
-    let factor = || {
-        let key = key("rope.scaling.factor");
-        match header.f32(&key)? {
-            Some(factor) if factor >= 1.0 => Ok(factor),
-            other => Err(header.error(format_args!("{key} is {other:?}; 1 or more is wanted"))),
+    let factor = || match &stated {
+        Some((factor, _)) if *factor >= 1.0 => Ok(*factor),
+        Some((factor, key)) => {
+            Err(header.error(format_args!("{key} is {factor}; 1 or more is wanted")))
         }
+        None => Err(header.error(format_args!("{factor_key} is absent; 1 or more is wanted"))),
     };
     let scaling = match kind {
         "none" => OutlineScaling::None,
@@ -394,6 +407,14 @@ pub fn matrix(
                 _ => (Cow::Borrowed(bytes), n),
             })
             .collect();
+        // Scales are bound apart.
+        let quants = match storage {
+            Storage::Q8_0 => 32,
+            _ => 16,
+        };
+        let rows: usize = parts.iter().map(|(_, n)| n).sum();
+        let blocks = u64::from(k / 32) * rows.next_multiple_of(4) as u64;
+        binds(gpu, label, blocks * quants)?;
         let rows: Vec<Vec<&[u8]>> = parts
             .iter()
             .map(|(bytes, n)| bytes.chunks_exact(bytes.len() / n).collect())

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::causal::{CausalNames, MAX_POSITIONS};
+use super::causal::{CausalNames, MAX_LAYERS, MAX_POSITIONS};
 use super::{CausalSpec, Rope, RopeScaling, activation, yarn_attention_factor};
 use crate::layers::Heads;
 use crate::ops::Pairs;
@@ -45,6 +45,8 @@ struct Config {
     partial_rotary_factor: Option<f64>,
     rope_scaling: Option<serde_json::Map<String, Value>>,
     rope_parameters: Option<serde_json::Map<String, Value>>,
+    original_max_position_embeddings: Option<u32>,
+    is_causal: Option<bool>,
     quantization_config: Option<Value>,
 }
 
@@ -85,6 +87,18 @@ pub(super) fn spec(path: &Path, json: &Value) -> Result<CausalSpec> {
             "f32, f16 or bf16 weights",
         );
     }
+    if config.is_causal == Some(false) {
+        let bound = "true: decoders look back only";
+        return refuse(path, "is_causal", "false".into(), bound);
+    }
+    if let (Some(new), Some(old)) = (&config.rope_parameters, &config.rope_scaling)
+        && !new.is_empty()
+        && !old.is_empty()
+        && new != old
+    {
+        let old = Value::Object(old.clone()).to_string();
+        return refuse(path, "rope_scaling", old, "absent, or as rope_parameters");
+    }
     let heads = config.num_attention_heads;
     let kv_heads = match (config.num_key_value_heads, family) {
         (Some(n), _) => n,
@@ -102,12 +116,18 @@ pub(super) fn spec(path: &Path, json: &Value) -> Result<CausalSpec> {
             return refuse(path, "num_attention_heads", heads.to_string(), &bound);
         }
     };
+    // Lists of layers are made before tensors are looked for.
+    let layers = config.num_hidden_layers;
+    if layers == 0 || layers > MAX_LAYERS {
+        let bound = format!("1 to {MAX_LAYERS}");
+        return refuse(path, "num_hidden_layers", layers.to_string(), &bound);
+    }
     // Llama's and Qwen3's switches, which the others do not look at.
     let bias = config.attention_bias && matches!(family, "llama" | "qwen3");
     Ok(CausalSpec {
         width: config.hidden_size,
         vocab: config.vocab_size,
-        layers: config.num_hidden_layers,
+        layers,
         heads: Heads {
             heads,
             kv_heads,
@@ -197,8 +217,9 @@ fn windows(path: &Path, json: &Value, config: &Config) -> Result<Vec<Option<u32>
 /// The rotary parameters, under their name of transformers 5 or an older one, and that name.
 fn parameters(config: &Config) -> (Option<&serde_json::Map<String, Value>>, &'static str) {
     match (&config.rope_parameters, &config.rope_scaling) {
-        (Some(new), _) => (Some(new), "rope_parameters"),
-        (None, old) => (old.as_ref(), "rope_scaling"),
+        (Some(new), None) => (Some(new), "rope_parameters"),
+        (Some(new), Some(_)) if !new.is_empty() => (Some(new), "rope_parameters"),
+        (_, old) => (old.as_ref(), "rope_scaling"),
     }
 }
 
@@ -222,10 +243,11 @@ fn base(config: &Config, path: &Path) -> Result<f64> {
     Ok(own.or(config.rope_theta).unwrap_or(10000.0))
 }
 
-/// The context that a scaling starts from.
+/// The context that a scaling starts from; what stands beside the rotary parameters goes, as in transformers.
 fn original(config: &Config, path: &Path) -> Result<u32> {
     let key = "original_max_position_embeddings";
-    match number(config, path, key)? {
+    let outer = config.original_max_position_embeddings.map(f64::from);
+    match outer.or(number(config, path, key)?) {
         None => Ok(config.max_position_embeddings),
         Some(n) if n >= 1.0 && n <= f64::from(u32::MAX) && n.fract() == 0.0 => Ok(n as u32),
         Some(n) => Err(Error::refused(

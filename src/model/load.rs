@@ -1,9 +1,9 @@
 //! From a directory to a model on the device.
 
-use super::reader::{Reader, Tensors};
+use super::reader::{Reader, Tensors, binds};
 use super::weights::Weights;
 use super::{Columns, Model, Names, Positions, Source, Spec, Stack, marian};
-use crate::gpu::{DType, Gpu};
+use crate::gpu::{DType, Gpu, Tensor};
 use crate::layers::{CrossAttention, DecoderLayer, EncoderLayer, FeedForward, SelfAttention};
 use crate::ops::{Embedding, Linear, Matrix, Norm};
 use crate::{Error, Result};
@@ -135,8 +135,14 @@ impl Loader<'_> {
             }),
             false => None,
         };
-        let source = self.embedding(source_table, source_vocab, names.source_positions)?;
-        let target = self.embedding(target_table, target_vocab, names.target_positions)?;
+        let sines = match spec.positions {
+            Positions::Sinusoidal => Some(self.sinusoidal()?),
+            Positions::Learned { .. } => None,
+        };
+        let places = [names.source_positions, names.target_positions];
+        let [source, target] = places.map(|name| self.positions(name, sines.as_ref()));
+        let source = self.embedding(source_table, source_vocab, source?);
+        let target = self.embedding(target_table, target_vocab, target?);
 
         let encoder = (0..spec.encoder.layers)
             .map(|ix| self.encoder_layer(&format!("{}.{ix}", names.encoder_layer)))
@@ -171,31 +177,42 @@ impl Loader<'_> {
         })
     }
 
-    fn embedding(&mut self, table: Matrix, vocab: u32, positions: &str) -> Result<Embedding> {
-        let (d, n) = (self.spec.width, self.spec.max_positions);
-        let (values, first_position, rows) = match self.spec.positions {
-            Positions::Sinusoidal => {
-                self.reader.skip(positions);
-                (sinusoidal(n, d), 0, n)
-            }
-            Positions::Learned { first } => (
-                self.reader.take(positions, &[n + first, d])?,
-                first,
-                n + first,
-            ),
-        };
-        Ok(Embedding {
+    fn embedding(&self, table: Matrix, vocab: u32, positions: Tensor) -> Embedding {
+        Embedding {
             table,
             vocab,
-            positions: Some(self.reader.gpu.upload_floats(
-                "positions",
-                DType::F32,
-                &[rows, d],
-                &values,
-            )?),
-            first_position,
+            positions: Some(positions),
+            first_position: match self.spec.positions {
+                Positions::Sinusoidal => 0,
+                Positions::Learned { first } => first,
+            },
             scale: self.spec.embed_scale,
-        })
+        }
+    }
+
+    /// A stack's table of positions: its own, or the sines that both have.
+    fn positions(&mut self, name: &str, sines: Option<&Tensor>) -> Result<Tensor> {
+        if let Some(sines) = sines {
+            self.reader.skip(name);
+            return Ok(sines.clone());
+        }
+        let rows = self.spec.max_positions;
+        let rows = match self.spec.positions {
+            Positions::Sinusoidal => rows,
+            Positions::Learned { first } => rows.saturating_add(first),
+        };
+        let (gpu, shape) = (self.reader.gpu, [rows, self.spec.width]);
+        binds(gpu, name, DType::F32.bytes(&shape))?;
+        let values = self.reader.take(name, &shape)?;
+        gpu.upload_floats("positions", DType::F32, &shape, &values)
+    }
+
+    fn sinusoidal(&self) -> Result<Tensor> {
+        let (rows, d) = (self.spec.max_positions, self.spec.width);
+        let (gpu, shape) = (self.reader.gpu, [rows, d]);
+        let what = format!("a table of {rows} positions");
+        binds(gpu, &what, DType::F32.bytes(&shape))?;
+        gpu.upload_floats("positions", DType::F32, &shape, &sinusoidal(rows, d))
     }
 
     /// Dense layers under one prefix as one, side by side.

@@ -2,10 +2,10 @@
 
 use super::weights::Weights;
 use super::{Columns, gguf};
-use crate::Result;
 use crate::gguf::Gguf;
 use crate::gpu::{DType, Gpu, Tensor};
 use crate::ops::{Linear, Matrix};
+use crate::{Error, Result};
 
 /// Takes tensors by name, and tells how far it has got.
 pub(super) struct Reader<'a> {
@@ -83,7 +83,15 @@ impl Reader<'_> {
         }
         let mut parts = Vec::new();
         for (name, n) in names {
-            parts.push(self.take(name, &[*n, k])?);
+            let part = self.take(name, &[*n, k])?;
+            // Where GGUF's matrices, one by one, become f32, a directory's are in the type that was asked for.
+            let most = half::f16::MAX.to_f32();
+            let large = |x: &&f32| self.dtype == DType::F16 && x.abs() > most;
+            if let Some(x) = part.iter().find(large) {
+                let bound = format!("at most {most} in f16: f32 holds it");
+                return Err(Error::refused(format!("an element of {name}"), x, bound));
+            }
+            parts.push(part);
         }
         dense(self.gpu, &names[0].0, self.dtype, &parts, k, columns)
     }
@@ -137,6 +145,18 @@ impl Reader<'_> {
     }
 }
 
+/// An error for what no kernel can bind whole, before it is made.
+pub(super) fn binds(gpu: &Gpu, what: &str, bytes: u64) -> Result<()> {
+    let most = gpu.caps().max_binding;
+    match bytes > most {
+        true => {
+            let bound = format!("this device binds at most {most} bytes");
+            Err(Error::refused(what, format_args!("{bytes} bytes"), bound))
+        }
+        false => Ok(()),
+    }
+}
+
 /// Parts `[N, K]`, each of its own N, as one matrix of floats as products read it, `[K, sum of N rounded up to 4]`.
 pub(super) fn dense(
     gpu: &Gpu,
@@ -150,6 +170,7 @@ pub(super) fn dense(
     let rows = parts.iter().map(|part| part.chunks_exact(k).collect());
     let rows: Vec<&[f32]> = ordered(rows.collect(), columns);
     let stride = rows.len().next_multiple_of(4);
+    binds(gpu, label, (k * stride) as u64 * dtype.size())?;
     let mut columns = vec![0.0; k * stride];
     // Tiles keep both sides of the transposition in the cache.
     const TILE: usize = 32;

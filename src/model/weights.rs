@@ -145,7 +145,7 @@ impl Weights {
         Ok(values)
     }
 
-    /// The next `take` may leave that tensor where it is.
+    /// That tensor may be left where it is.
     pub fn skip(&mut self, name: &str) {
         self.left.remove(name);
     }

@@ -6,17 +6,46 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::ReadFile;
+use super::{ReadFile, json};
 use crate::gguf::{Header, List};
 use crate::{Error, Result};
 
 /// Stands for a space in sentencepiece's pieces.
 const SPACE: char = '▁';
 
+/// The longest of sentencepiece's pieces that is read, in bytes; its own default is 16 characters.
+const MAX_PIECE: usize = 1024;
+
 // How texts are cut before merging, by the names that llama.cpp gives.
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Tokens that end a text or a turn by their spelling: many GGUF files name one of several. The list is llama.cpp's.
+const ENDS: [&str; 22] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+];
 
 /// Text to token ids and back.
 pub struct LmTokenizer {
@@ -81,10 +110,20 @@ impl LmTokenizer {
                 id => Ok(id),
             }
         };
-        let (bos, eos, eot) = (named("bos")?, named("eos")?, named("eot")?);
-        let named = [bos, eos, eot, named("unknown")?, named("padding")?];
-        // Control tokens and unknown ones are no text. They and those the user defined are never cut.
-        let special = |id: u32, kind: i64| matches!(kind, 2 | 3) || named.contains(&Some(id));
+        let (bos, eos) = (named("bos")?, named("eos")?);
+        let mut ends: Vec<u32> = eos.into_iter().collect();
+        for name in ["eot", "eom", "fim_pad", "fim_rep", "fim_sep"] {
+            ends.extend(named(name)?);
+        }
+        ends.extend(ENDS.iter().filter_map(|&token| ids.get(token)));
+        ends.sort_unstable();
+        ends.dedup();
+        let named = [bos, named("unknown")?, named("padding")?];
+        // Control tokens and unknown ones are no text, nor are ends of any kind. They and those the user defined are
+        // never cut.
+        let special = |id: u32, kind: i64| {
+            matches!(kind, 2 | 3) || named.contains(&Some(id)) || ends.contains(&id)
+        };
         let added: Vec<Value> = (0..)
             .zip(tokens.iter().zip(&kinds))
             .filter(|&(id, (_, &kind))| kind == 4 || special(id, kind))
@@ -110,19 +149,17 @@ impl LmTokenizer {
             (true, Some(id)) => Ok(vec![id]),
             (true, None) => Err(must(&format!("tokenizer.ggml.{name}_token_id"))),
         };
-        let mut ends: Vec<u32> = eos.into_iter().chain(eot).collect();
-        ends.dedup();
         Ok(LmTokenizer {
-            inner: read(header.path(), description.to_string().as_bytes())?,
+            inner: json::read(header.path(), &description)?,
             spelling,
             around: [put(bos_first, bos, "bos")?, put(eos_last, eos, "eos")?],
             bos,
-            ends,
             special: (0..)
                 .zip(&kinds)
                 .filter(|&(id, &kind)| special(id, kind))
                 .map(|(id, _)| id)
                 .collect(),
+            ends,
             lacking: match spelling {
                 Spelling::Letters => lacking(|token| ids.contains_key(token)),
                 Spelling::Pieces { .. } => Vec::new(),
@@ -139,9 +176,9 @@ impl LmTokenizer {
         let path = origin.join("tokenizer.json");
         let bytes = read_file("tokenizer.json")?
             .ok_or_else(|| Error::file(&path, "the model's directory lacks this file"))?;
-        let inner = read(&path, &bytes)?;
         let description: Value =
             serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, e))?;
+        let inner = json::read(&path, &description)?;
         let spelling = spelling(&description["decoder"]).ok_or_else(|| {
             let kind = &description["decoder"]["type"];
             let what = "ByteLevel, and Metaspace or ByteFallback are read";
@@ -217,13 +254,12 @@ impl LmTokenizer {
             let bound = format!("the vocabulary has no token for the byte 0x{byte:02X}");
             return Err(Error::refused("the text", format_args!("{text:?}"), bound));
         }
-        let failed = |e| Error::refused("the text", format_args!("{text:?}"), format!("{e}"));
-        let encoding = self.inner.encode_fast(text, whole).map_err(failed)?;
+        let ids = json::encode(&self.inner, text, whole)?;
         let [before, after] = match whole {
             true => [&self.around[0][..], &self.around[1][..]],
             false => [&[][..], &[][..]],
         };
-        Ok([before, encoding.get_ids(), after].concat())
+        Ok([before, &ids, after].concat())
     }
 
     /// The text of token ids, without special tokens. Bytes that are no UTF-8 become U+FFFD.
@@ -313,19 +349,6 @@ fn may_become_whole(bytes: &[u8]) -> bool {
     matches!(std::str::from_utf8(bytes), Err(e) if e.error_len().is_none())
 }
 
-/// A tokenizer of the crate's from its JSON.
-fn read(path: &Path, bytes: &[u8]) -> Result<Box<tokenizers::Tokenizer>> {
-    // What is no JSON at all would not be refused by the crate, but stop the program.
-    serde_json::from_slice::<Value>(bytes).map_err(|e| Error::file(path, e))?;
-    let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(path, e))?;
-    // Texts are cut and padded by nobody.
-    inner.with_padding(None);
-    inner
-        .with_truncation(None)
-        .map_err(|e| Error::file(path, e))?;
-    Ok(Box::new(inner))
-}
-
 /// How a `tokenizer.json`'s decoder reads tokens.
 fn spelling(decoder: &Value) -> Option<Spelling> {
     let alone = std::slice::from_ref(decoder);
@@ -400,7 +423,12 @@ fn byte_level(header: &Header, ids: &HashMap<&str, u32>) -> Result<(Description,
         };
         pairs.push([left, right]);
     }
-    let name = header.text("tokenizer.ggml.pre")?.unwrap_or("default");
+    let key = "tokenizer.ggml.pre";
+    let name = header.text(key)?.unwrap_or_else(|| {
+        let path = header.path().display();
+        tracing::warn!("{path} has no {key}: texts are cut as GPT-2 cuts them");
+        "default"
+    });
     let plain = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let after = |first: Value, regex: bool| {
         let mut bytes = plain.clone();
@@ -473,7 +501,12 @@ fn sentencepiece(
         if score.is_nan() {
             return Err(header.error(format_args!("the score of {token:?} is {score}")));
         }
-        // A control token of thousands of bytes is no word; nor are its halves.
+        // Every way to cut a token is looked up, so that a long one would take the square of its length.
+        if token.len() > MAX_PIECE {
+            let n = token.len();
+            let what = format_args!("a token of {n} bytes; {MAX_PIECE} at most is wanted");
+            return Err(header.error(what));
+        }
         let mut ways: Vec<([u32; 2], [&str; 2])> = token
             .char_indices()
             .skip(1)

@@ -9,6 +9,7 @@ use tokenizers::Model;
 use tokenizers::models::unigram::Unigram;
 use tokenizers::normalizers::Precompiled;
 
+use super::json;
 use crate::{Error, Result};
 
 const EOS: &str = "</s>";
@@ -82,17 +83,11 @@ impl Tokenizer {
             let what = "the model's directory has neither this file nor source.spm and vocab.json";
             Error::file(&path, what)
         })?;
-        // What is no JSON at all would not be refused by the crate, but stop the program.
-        serde_json::from_slice::<serde_json::Value>(&bytes).map_err(|e| Error::file(&path, e))?;
-        let mut json =
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(&path, e))?;
-        // Texts are cut and padded by nobody.
-        json.with_padding(None);
-        json.with_truncation(None)
-            .map_err(|e| Error::file(&path, e))?;
+        let description = serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, e))?;
+        let inner = json::read(&path, &description)?;
         Ok(Tokenizer {
-            source: Vocabulary::new(&path, json.get_vocab(true))?,
-            segmenter: Segmenter::Json(Box::new(json)),
+            source: Vocabulary::new(&path, inner.get_vocab(true))?,
+            segmenter: Segmenter::Json(inner),
             target: None,
         })
     }
@@ -159,9 +154,7 @@ impl Tokenizer {
         }
         let failed = |e| Error::refused("the text", format_args!("{text:?}"), format!("{e}"));
         match &self.segmenter {
-            Segmenter::Json(json) => {
-                ids.extend(json.encode_fast(text, false).map_err(failed)?.get_ids());
-            }
+            Segmenter::Json(inner) => ids.extend(json::encode(inner, text, false)?),
             Segmenter::Sentencepiece {
                 unigram,
                 charsmap,
@@ -360,6 +353,9 @@ fn sentencepiece(path: &Path, bytes: &[u8]) -> Result<Segmenter> {
     });
     let unigram = Unigram::from(vocab.collect(), unknown, false).map_err(|e| bad(&e))?;
     let charsmap = normalizer.precompiled_charsmap();
+    if !charsmap.is_empty() {
+        json::charsmap(charsmap).map_err(|what| bad(&what))?;
+    }
     Ok(Segmenter::Sentencepiece {
         unigram: Box::new(unigram),
         charsmap: match charsmap.is_empty() {

@@ -1,6 +1,7 @@
 //! Text to token ids and back, and chats to texts.
 
 mod chat;
+mod json;
 mod lm;
 mod marian;
 

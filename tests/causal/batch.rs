@@ -7,7 +7,7 @@ use qkv::generate::{
     Batch, BatchSettings, CausalGenerator, CausalSettings, Event, RequestId, Sequence,
 };
 use qkv::gpu::DType;
-use qkv::model::CausalSpec;
+use qkv::model::{CausalSpec, RopeScaling};
 use qkv::ops::Sampling;
 
 use crate::maker::{make, specs};
@@ -343,15 +343,15 @@ fn what_no_memory_holds_is_refused() {
     let (_, spec) = two()[0].clone();
     let caps = gpu().caps().clone();
     let small = gpu().narrowed(qkv::gpu::Caps {
-        // Of keys of a layer, two heads of 8 columns: 20 pages of 4 positions.
-        max_binding: 20 * 4 * 2 * 8 * 4,
+        // Of keys of a layer, two heads of 8 columns: 20 pages of 16 positions. No weight is larger.
+        max_binding: 20 * 16 * 2 * 8 * 4,
         ..caps
     });
     let (model, _) = make(gpu(), &spec, DType::F32);
     let (narrow, _) = make(&small, &spec, DType::F32);
     let settings = BatchSettings {
         pages: u32::MAX,
-        page_len: 4,
+        page_len: 16,
         types: [DType::F32; 2],
         budget: 32,
         max_sequences: 4,
@@ -361,13 +361,13 @@ fn what_no_memory_holds_is_refused() {
         let batch = Batch::for_texts(model, settings, positions);
         batch.map(|batch| batch.cache().extents().pages)
     };
-    assert_eq!(pages(&model, settings, &[80, 79, 3]).unwrap(), 41);
-    assert_eq!(pages(&narrow, settings, &[80, 79, 3]).unwrap(), 20);
+    assert_eq!(pages(&model, settings, &[320, 316, 12]).unwrap(), 41);
+    assert_eq!(pages(&narrow, settings, &[320, 316, 12]).unwrap(), 20);
     for (model, settings, word) in [
         (
             &narrow,
             settings,
-            "is 84: it takes 21 pages of 4, and there may be 20",
+            "is 336: it takes 21 pages of 16, and there may be 20",
         ),
         (
             &model,
@@ -386,8 +386,58 @@ fn what_no_memory_holds_is_refused() {
             "page_len is 0",
         ),
     ] {
-        let said = pages(model, settings, &[3, 84]).unwrap_err().to_string();
+        let said = pages(model, settings, &[12, 336]).unwrap_err().to_string();
         assert!(said.contains(word), "{said}");
+    }
+}
+
+#[test]
+fn a_rotary_base_that_would_grow_is_refused() {
+    // Six positions, from which on it grows.
+    let (_, spec) = specs().swap_remove(4);
+    let (model, _) = make(gpu(), &spec, DType::F32);
+    let prompts = tokens(12, &[3, 2, 4], spec.vocab);
+    let limits = |n| CausalSettings::greedy(n, vec![]);
+    let refused = |prompts: &[Vec<u32>], n| {
+        let made = CausalGenerator::new(&model, prompts, &limits(n));
+        made.err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    let said = refused(&prompts, 4);
+    assert!(
+        said.starts_with("the longest prompt and max_tokens is 7: at most 6"),
+        "{said}"
+    );
+    assert_eq!(refused(&prompts, 3), "");
+    let settings = BatchSettings {
+        pages: 3,
+        page_len: 2,
+        types: [DType::F32; 2],
+        budget: 8,
+        max_sequences: 3,
+        cascade: false,
+    };
+    let more = BatchSettings {
+        pages: 4,
+        ..settings
+    };
+    let said = Batch::new(&model, more).err().expect("a refusal");
+    assert!(
+        said.to_string()
+            .starts_with("the positions of all pages is 8: at most 6"),
+        "{said}"
+    );
+    assert!(Batch::for_texts(&model, more, &[7]).is_err());
+    // Any number of short texts: some wait until others give their pages back.
+    let mut batch = Batch::for_texts(&model, more, &[6, 6, 6]).unwrap();
+    assert_eq!(batch.cache().extents().pages, 3);
+    let ids: Vec<RequestId> = prompts.iter().map(|p| batch.add(p, &limits(3))).collect();
+    let got = answers(batch, 8);
+    // As short as they are, they are what a base that does not grow writes.
+    let mut steady = spec.clone();
+    steady.rope.scaling = RopeScaling::None;
+    let (steady, _) = make(gpu(), &steady, DType::F32);
+    for (id, want) in ids.iter().zip(generate(&steady, &prompts, &limits(3))) {
+        assert_eq!(got.texts[id].tokens, want.tokens);
     }
 }
 

@@ -285,7 +285,7 @@ type Change = fn(&mut serde_json::Value);
 
 #[test]
 fn configs_that_are_not_honoured_are_refused_by_name() {
-    let cases: [(&str, Change, &str); 22] = [
+    let cases: [(&str, Change, &str); 27] = [
         ("llama", |c| c["model_type"] = "gemma".into(), "gemma"),
         (
             "llama",
@@ -330,6 +330,27 @@ fn configs_that_are_not_honoured_are_refused_by_name() {
                 c["head_dim"].take();
             },
             "num_attention_heads",
+        ),
+        (
+            "llama",
+            |c| c["num_hidden_layers"] = u32::MAX.into(),
+            "num_hidden_layers",
+        ),
+        (
+            "qwen2",
+            |c| c["num_hidden_layers"] = 0.into(),
+            "num_hidden_layers",
+        ),
+        ("llama", |c| c["is_causal"] = false.into(), "is_causal"),
+        (
+            "llama",
+            |c| c["rope_scaling"] = serde_json::json!({"rope_type": "linear", "factor": 2.0}),
+            "rope_scaling",
+        ),
+        (
+            "llama-yarn",
+            |c| c["original_max_position_embeddings"] = 0.into(),
+            "original_max_position_embeddings",
         ),
         ("llama", |c| c["num_attention_heads"] = 0.into(), "head"),
         ("llama", |c| c["num_key_value_heads"] = 4.into(), "KV heads"),
@@ -392,10 +413,84 @@ fn older_configs_say_the_same() {
     });
     let new = Golden::new("llama3").model(DType::F32);
     assert_eq!(old.unwrap().spec(), new.spec());
+    let both = load_with("llama3", |c| {
+        c["rope_scaling"] = c["rope_parameters"].clone();
+        c["is_causal"] = true.into();
+    });
+    assert_eq!(both.unwrap().spec(), new.spec());
+    // What stands beside the rotary parameters goes.
+    let outer = load_with("llama3", |c| {
+        c["rope_parameters"]["original_max_position_embeddings"] = 3.into();
+        c["original_max_position_embeddings"] = 16.into();
+    });
+    assert_eq!(outer.unwrap().spec(), new.spec());
+    let empty = load_with("llama3", |c| {
+        c["rope_scaling"] = c["rope_parameters"].take();
+        c["rope_parameters"] = serde_json::json!({});
+    });
+    assert_eq!(empty.unwrap().spec(), new.spec());
     let old = load_with("qwen2", |c| drop(c["layer_types"].take()));
     assert_eq!(old.unwrap().spec().windows, [None, Some(4)]);
     let plain = load_with("mistral", |c| c["sliding_window"] = serde_json::Value::Null);
     assert_eq!(plain.unwrap().spec().windows, [None, None]);
+}
+
+/// A model whose first weight is 70,000, which f16 does not have.
+#[test]
+fn weights_that_f16_does_not_hold_are_refused_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = goldens().join("llama");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden.join(name), dir.path().join(name)).unwrap();
+    }
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let name = "model.layers.1.mlp.down_proj.weight";
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let info = metadata.info(name).unwrap();
+    assert_eq!(info.dtype, safetensors::Dtype::F32);
+    let at = header + 8 + info.data_offsets.0;
+    let source = Source::Directory(dir.path().to_owned());
+    let mut load = |x: f32, dtype| {
+        bytes[at..at + 4].copy_from_slice(&x.to_le_bytes());
+        std::fs::write(&path, &bytes).unwrap();
+        let loaded = CausalModel::load(gpu(), &source, dtype, &mut |_, _| {});
+        loaded.map(|_| ()).map_err(|e| e.to_string())
+    };
+    assert_eq!(load(-7e4, DType::F32), Ok(()));
+    if !gpu().caps().f16 {
+        println!("this device has no f16: the rest was not run");
+        return;
+    }
+    assert_eq!(load(-65504.0, DType::F16), Ok(()));
+    let said = load(-7e4, DType::F16).unwrap_err();
+    assert!(
+        said.contains(name) && said.contains("-70000") && said.contains("65504"),
+        "{said}"
+    );
+}
+
+#[test]
+fn matrices_that_no_kernel_binds_are_refused_before_they_are_made() {
+    // 96 tokens of 36 columns in f32 are 13,824 bytes.
+    let small = |max_binding| {
+        let caps = gpu().caps().clone();
+        gpu().narrowed(qkv::gpu::Caps {
+            max_binding,
+            ..caps
+        })
+    };
+    let source = Source::Directory(goldens().join("llama"));
+    let load = |max_binding| {
+        let loaded = CausalModel::load(&small(max_binding), &source, DType::F32, &mut |_, _| {});
+        loaded.map(|_| ()).map_err(|e| e.to_string())
+    };
+    let said = load(13_823).unwrap_err();
+    assert!(
+        said.contains("model.embed_tokens.weight is 13824 bytes") && said.contains("13823"),
+        "{said}"
+    );
+    assert_eq!(load(36 * 112 * 4), Ok(()));
 }
 
 #[test]

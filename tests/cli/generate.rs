@@ -1,6 +1,6 @@
 //! `qkv generate`: what it refuses.
 
-use super::{GOLDENS, qkv, refuses};
+use super::{GOLDENS, qkv, refuses, stdout};
 
 #[test]
 fn generation_that_cannot_be_done_is_refused_by_name() {
@@ -96,5 +96,56 @@ fn generation_that_cannot_be_done_is_refused_by_name() {
     refuses(
         &qkv(&translate, b""),
         &["README.md", "one file", "a directory"],
+    );
+}
+
+/// A model's directory with a tokenizer of letters, and these settings.
+fn letters(generation: &serde_json::Value) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        let from = format!("{GOLDENS}/causal/llama/{name}");
+        std::fs::copy(from, dir.path().join(name)).unwrap();
+    }
+    let letters = ('!'..='~').chain(['Ġ']).zip(0..);
+    let vocab: serde_json::Map<_, _> = letters
+        .map(|(letter, id)| (letter.to_string(), serde_json::Value::from(id)))
+        .collect();
+    let bytes = serde_json::json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false,
+    });
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": bytes,
+        "post_processor": null, "decoder": bytes,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    });
+    let write = |name: &str, json: &serde_json::Value| {
+        std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+    };
+    write("tokenizer.json", &tokenizer);
+    write("generation_config.json", generation);
+    dir
+}
+
+#[test]
+fn a_models_own_penalty_holds_where_none_is_given() {
+    let dir = letters(&serde_json::json!({"repetition_penalty": 3.0, "temperature": 0.6}));
+    let plain = letters(&serde_json::json!({}));
+    let write = |dir: &tempfile::TempDir, more: &[&str]| {
+        let model = dir.path().to_str().unwrap();
+        let all = ["generate", "--model", model, "--json", "--max-tokens", "20"];
+        let said = stdout(&qkv(&[&all[..], more, &["hello"]].concat(), b""));
+        let json: serde_json::Value = serde_json::from_str(&said).unwrap();
+        json["ids"].clone()
+    };
+    let own = write(&dir, &[]);
+    assert_eq!(own, write(&plain, &["--repeat-penalty", "3"]));
+    let free = write(&plain, &[]);
+    assert_eq!(free, write(&dir, &["--repeat-penalty", "1"]));
+    assert_ne!(own, free);
+    let banned = letters(&serde_json::json!({"no_repeat_ngram_size": 2}));
+    let model = banned.path().to_str().unwrap();
+    refuses(
+        &qkv(&["generate", "--model", model, "hello"], b""),
+        &["no_repeat_ngram_size", "generation_config.json"],
     );
 }

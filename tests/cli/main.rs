@@ -524,3 +524,41 @@ fn forward_refuses_bad_inputs_and_writes_nothing() {
 fn bytes_len(bytes: &[u8]) -> usize {
     bytes.len() / 8
 }
+
+#[test]
+fn the_only_language_need_not_be_named() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "generation_config.json", "model.safetensors"] {
+        let from = format!("{GOLDENS}/relu/{name}");
+        std::fs::copy(from, dir.path().join(name)).unwrap();
+    }
+    let write = |languages: &[&str]| {
+        let tags = languages.iter().map(|code| format!(">>{code}<<"));
+        let words = ["</s>", "<unk>", "a"].map(String::from);
+        let vocab: serde_json::Map<_, _> = (words.into_iter().chain(tags).zip(0..))
+            .map(|(word, id)| (word, Value::from(id)))
+            .collect();
+        let tokenizer = serde_json::json!({
+            "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null, "decoder": null,
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+        });
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    };
+    let model = dir.path().to_str().unwrap();
+    let translate = |more: &[&str]| {
+        let all = ["translate", "--model", model, "--json"];
+        qkv(&[&all[..], more, &["a a"]].concat(), b"")
+    };
+    let tokens = |more: &[&str]| -> Value {
+        let json: Value = serde_json::from_str(&stdout(&translate(more))).unwrap();
+        json["source_tokens"].clone()
+    };
+    write(&["fra"]);
+    assert_eq!(tokens(&[]), tokens(&["--to", "fra"]));
+    assert!(tokens(&[]).to_string().contains(">>fra<<"));
+    write(&["fra", "zho"]);
+    refuses(&translate(&[]), &["--to is absent", "fra, zho"]);
+    write(&[]);
+    assert!(!tokens(&[]).to_string().contains(">>"));
+}

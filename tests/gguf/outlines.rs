@@ -131,6 +131,22 @@ fn metadata_of_each_architecture_give_its_outline() {
         .extend([kind("linear"), float("llama.rope.scaling.factor", 4.0)]);
     let scaling = OutlineScaling::Linear { factor: 4.0 };
     assert_eq!(outline(&linear).unwrap().rope_scaling, scaling);
+    // Without a type a factor is linear, also under its older name, and 0 and 1 are none.
+    for name in ["llama.rope.scaling.factor", "llama.rope.scale_linear"] {
+        for (factor, scaling) in [
+            (4.0, scaling),
+            (1.0, OutlineScaling::None),
+            (0.0, OutlineScaling::None),
+        ] {
+            let mut file = model("llama");
+            file.metadata.push(float(name, factor));
+            assert_eq!(outline(&file).unwrap().rope_scaling, scaling, "{name}");
+        }
+    }
+    let mut none = model("llama");
+    none.metadata
+        .extend([kind("none"), float("llama.rope.scaling.factor", 4.0)]);
+    assert_eq!(outline(&none).unwrap().rope_scaling, OutlineScaling::None);
     let mut yarn = model("llama");
     yarn.metadata
         .extend([kind("yarn"), float("llama.rope.scaling.factor", 2.0)]);
@@ -228,6 +244,17 @@ fn files_that_contradict_themselves_are_refused() {
                 )
             },
             "longrope; none, linear and yarn",
+        ),
+        (
+            &|f| set(f, float("llama.rope.scale_linear", 0.5)),
+            "llama.rope.scale_linear is 0.5",
+        ),
+        (
+            &|f| {
+                let flag = value(7, &[0]);
+                set(f, ("llama.attention.causal".into(), flag))
+            },
+            "llama.attention.causal is false",
         ),
         (
             &|f| set(f, float("llama.rope.scaling.yarn_beta_fast", 16.0)),

@@ -79,9 +79,29 @@ fn a_hugging_face_directory_gives_the_same_ids() {
         judge(name, &tokenizer, 0);
         let same = open(&format!("gguf/{name}.gguf"));
         assert_eq!(tokenizer.bos(), same.bos(), "{name}");
-        assert_eq!(tokenizer.ends(), same.ends(), "{name}");
+        // A GGUF file's are also those that are spelled like ends.
+        let (ends, more): (&[u32], &[u32]) = match name {
+            "qwen2" => (&[642], &[640, 642]),
+            _ => (&[2], &[2]),
+        };
+        assert_eq!((tokenizer.ends(), same.ends()), (ends, more), "{name}");
         assert_eq!(tokenizer.len(), same.len(), "{name}");
     }
+}
+
+#[test]
+fn a_template_of_tokens_that_are_not_there_is_refused() {
+    let origin = golden("gguf").join("spm");
+    let json = std::fs::read(origin.join("tokenizer.json")).unwrap();
+    let mut json: Value = serde_json::from_slice(&json).unwrap();
+    json["post_processor"]["special_tokens"] = serde_json::json!({});
+    let read = |file: &str| match file {
+        "tokenizer.json" => Ok(Some(json.to_string().into_bytes())),
+        _ => Ok(std::fs::read(origin.join(file)).ok()),
+    };
+    let said = LmTokenizer::load(&origin, &read).err().expect("a refusal");
+    let word = "tokenizer.json: its template's special token \"<s>\" is not there";
+    assert!(said.to_string().contains(word), "{said}");
 }
 
 #[test]
@@ -94,7 +114,7 @@ fn the_real_model_has_the_ids_of_transformers() {
     judge("smollm2", &tokenizer, 0);
     assert_eq!(
         (tokenizer.len(), tokenizer.bos(), tokenizer.ends()),
-        (49152, Some(1), &[2][..])
+        (49152, Some(1), &[0, 2][..])
     );
     assert!(tokenizer.is_special(2) && !tokenizer.is_special(100));
     assert_eq!(tokenizer.token(2).as_deref(), Some("<|im_end|>"));
@@ -169,6 +189,99 @@ fn bytes_without_a_token_are_refused_not_left_out() {
         said,
         "the text is \"aqua\": the vocabulary has no token for the byte 0x71"
     );
+}
+
+#[test]
+fn ends_are_those_that_are_named_and_those_that_are_spelled_so() {
+    let mut file = small();
+    let header = |file: &File| Header::parse(std::path::Path::new("m.gguf"), &file.bytes());
+    let own = LmTokenizer::from_gguf(&header(&file).unwrap()).unwrap();
+    assert_eq!(own.ends(), [257]);
+    // Three letters, by name.
+    for (name, id) in [("eot", 10u32), ("eom", 20), ("fim_sep", 30)] {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        file = file.with(&key, value(4, &id.to_le_bytes()));
+    }
+    let list = |file: &File, key: &str| {
+        let parsed = header(file).unwrap();
+        let all = parsed.texts(key).unwrap().unwrap();
+        all.iter().map(|token| text(token)).collect::<Vec<_>>()
+    };
+    let (tokens, kinds) = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type");
+    let mut all = list(&file, tokens);
+    let more = [
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "</s>",
+        "<end_of_turn>",
+        "<|im_start|>",
+        "<s>",
+    ];
+    all.extend(more.map(text));
+    let n = all.len();
+    // A normal one, one that the user defined, then control tokens.
+    let kind = |ix: usize| match ix {
+        257 => 3,
+        258 => 1,
+        259 => 4,
+        ix if ix > 259 => 3,
+        _ => 1i32,
+    };
+    let all_kinds: Vec<Vec<u8>> = (0..n).map(|ix| kind(ix).to_le_bytes().to_vec()).collect();
+    file.metadata
+        .retain(|(key, _)| key != tokens && key != kinds);
+    file = file
+        .with(tokens, array(8, &all))
+        .with(kinds, array(5, &all_kinds));
+    let tokenizer = LmTokenizer::from_gguf(&header(&file).unwrap()).unwrap();
+    let wanted: Vec<u32> = [10, 20, 30].into_iter().chain(257..265).collect();
+    assert_eq!(tokenizer.ends(), wanted);
+    assert!(wanted.iter().all(|&id| tokenizer.is_special(id)));
+    // None of them is cut.
+    let ids = tokenizer.encode("ab<|im_end|></s>", false).unwrap();
+    assert_eq!(ids[1..], [258, 263]);
+    let ids = file.with(
+        "tokenizer.ggml.fim_rep_token_id",
+        value(4, &300u32.to_le_bytes()),
+    );
+    let said = LmTokenizer::from_gguf(&header(&ids).unwrap()).err();
+    assert!(
+        said.unwrap()
+            .to_string()
+            .contains("fim_rep_token_id is 300")
+    );
+}
+
+#[test]
+fn a_piece_of_a_book_is_refused() {
+    // Every way to cut a million letters would be half a million million bytes.
+    let file = |long: usize| {
+        let tokens = ["<unk>", "a", &"a".repeat(long)].map(text);
+        let scores = vec![0f32.to_le_bytes().to_vec(); 3];
+        File::new()
+            .with("tokenizer.ggml.model", value(8, &text("llama")))
+            .with("tokenizer.ggml.tokens", array(8, &tokens))
+            .with("tokenizer.ggml.scores", array(6, &scores))
+            .with("tokenizer.ggml.add_bos_token", value(7, &[0]))
+            .with(
+                "tokenizer.ggml.unknown_token_id",
+                value(4, &0u32.to_le_bytes()),
+            )
+    };
+    let parse = |file: File| {
+        let header = Header::parse(std::path::Path::new("m.gguf"), &file.bytes()).unwrap();
+        LmTokenizer::from_gguf(&header).err().map(|e| e.to_string())
+    };
+    let started = std::time::Instant::now();
+    assert_eq!(parse(file(1024)), None);
+    for long in [1025, 1 << 20] {
+        let said = parse(file(long)).unwrap();
+        assert!(said.contains(&format!("a token of {long} bytes")), "{said}");
+    }
+    assert!(started.elapsed().as_secs() < 10);
 }
 
 #[test]
