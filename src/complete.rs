@@ -231,7 +231,8 @@ impl Completer {
     }
 
     /// Goes on with many prompts at once, in an empty batch; `hear` gets the number of the prompt that has a token
-    /// more, or has ended. What is written for a prompt does not depend on the others.
+    /// more, or has ended. What is written for a prompt does not depend on the others. After an error none of them is
+    /// left in the batch.
     ///
     /// # Errors
     /// As [`Batch::step`]; [`Error::Refused`] for an empty text to stop at; what `hear` returns.
@@ -241,46 +242,19 @@ impl Completer {
         requests: &[(&[u32], Rules)],
         hear: &mut dyn FnMut(usize, Heard) -> Result<()>,
     ) -> Result<()> {
+        let settings: Vec<CausalSettings> = requests
+            .iter()
+            .map(|(_, rules)| self.settings(rules))
+            .collect::<Result<_>>()?;
         let mut open: HashMap<RequestId, (usize, Writing)> = HashMap::new();
-        for (ix, (prompt, rules)) in requests.iter().enumerate() {
-            let id = batch.add(prompt, &self.settings(rules)?);
-            open.insert(id, (ix, self.writing(rules)));
+        for (ix, ((prompt, rules), settings)) in requests.iter().zip(&settings).enumerate() {
+            open.insert(batch.add(prompt, settings), (ix, self.writing(rules)));
         }
-        let bytes = batch.cache().bytes();
-        let mut quiet = |_: &str| Ok(());
-        while !batch.is_empty() {
-            for event in batch.step()? {
-                let (id, ended) = match event {
-                    Event::Token { request, token, .. } => {
-                        let Some((ix, writing)) = open.get_mut(&request) else {
-                            continue;
-                        };
-                        writing.push(token, &mut quiet)?;
-                        hear(*ix, Heard::Token)?;
-                        let stopped = matches!(writing.end, Some(End::Stop(_)));
-                        let sequence = match stopped {
-                            true => batch.cancel(request)?,
-                            false => None,
-                        };
-                        match sequence {
-                            Some(sequence) => (request, Ok(sequence)),
-                            None => continue,
-                        }
-                    }
-                    Event::Finished { request, sequence } => (request, Ok(sequence)),
-                    Event::Failed { request, error } => (request, Err(error)),
-                };
-                let Some((ix, writing)) = open.remove(&id) else {
-                    continue;
-                };
-                let done = match ended {
-                    Ok(sequence) => writing.finish(sequence, bytes, &mut quiet),
-                    Err(error) => Err(error),
-                };
-                hear(ix, Heard::Ended(done))?;
-            }
+        let done = follow(batch, &mut open, hear);
+        for &id in open.keys() {
+            batch.cancel(id)?;
         }
-        Ok(())
+        done
     }
 
     fn drafted<'c>(
@@ -328,6 +302,49 @@ impl Completer {
             end: None,
         }
     }
+}
+
+/// Hears a batch to its end; whoever is answered is open no more.
+fn follow(
+    batch: &mut Batch,
+    open: &mut HashMap<RequestId, (usize, Writing)>,
+    hear: &mut dyn FnMut(usize, Heard) -> Result<()>,
+) -> Result<()> {
+    let bytes = batch.cache().bytes();
+    let mut quiet = |_: &str| Ok(());
+    while !batch.is_empty() {
+        for event in batch.step()? {
+            let (id, ended) = match event {
+                Event::Token { request, token, .. } => {
+                    let Some((ix, writing)) = open.get_mut(&request) else {
+                        continue;
+                    };
+                    writing.push(token, &mut quiet)?;
+                    hear(*ix, Heard::Token)?;
+                    let stopped = matches!(writing.end, Some(End::Stop(_)));
+                    let sequence = match stopped {
+                        true => batch.cancel(request)?,
+                        false => None,
+                    };
+                    match sequence {
+                        Some(sequence) => (request, Ok(sequence)),
+                        None => continue,
+                    }
+                }
+                Event::Finished { request, sequence } => (request, Ok(sequence)),
+                Event::Failed { request, error } => (request, Err(error)),
+            };
+            let Some((ix, writing)) = open.remove(&id) else {
+                continue;
+            };
+            let done = match ended {
+                Ok(sequence) => writing.finish(sequence, bytes, &mut quiet),
+                Err(error) => Err(error),
+            };
+            hear(ix, Heard::Ended(done))?;
+        }
+    }
+    Ok(())
 }
 
 /// A text as its tokens come.

@@ -8,7 +8,9 @@ mod goldens;
 use std::sync::OnceLock;
 
 use goldens::{json, smollm2};
-use qkv::complete::{Completer, End, Rules};
+use qkv::Error;
+use qkv::complete::{Completer, End, Heard, Rules};
+use qkv::generate::{Batch, BatchSettings};
 use qkv::gpu::{DType, Gpu};
 use qkv::model::{Padded, Source};
 use qkv::ops::Sampling;
@@ -113,6 +115,43 @@ fn the_capital_of_france_is_paris() {
         (heard, done.end),
         (done.text, End::Stop(" France is".into()))
     );
+}
+
+#[test]
+fn a_batch_is_empty_after_an_error() {
+    let Some(completer) = completer() else { return };
+    let settings = BatchSettings {
+        pages: 8,
+        page_len: 16,
+        types: [DType::F32; 2],
+        budget: 16,
+        max_sequences: 2,
+        cascade: false,
+    };
+    let mut batch = Batch::new(&completer.model, settings).unwrap();
+    let prompt = completer.prompt("One, two,", false).unwrap();
+    let empty_stop = Rules {
+        stop: vec![String::new()],
+        ..greedy(4)
+    };
+    let asked = [(&prompt[..], greedy(4)), (&prompt[..], empty_stop)];
+    let refused = completer.complete_batch(&mut batch, &asked, &mut |_, _| Ok(()));
+    assert!(refused.is_err() && batch.is_empty());
+
+    // One runs, one waits, one is refused; then nobody listens.
+    let asked = [
+        (&prompt[..], greedy(4)),
+        (&prompt[..], greedy(4)),
+        (&prompt[..], greedy(4)),
+        (&[], greedy(4)),
+    ];
+    let deaf = &mut |_, heard: Heard| match heard {
+        Heard::Token => Err(Error::Device("nobody listens".into())),
+        Heard::Ended(_) => Ok(()),
+    };
+    let ended = completer.complete_batch(&mut batch, &asked, deaf);
+    assert!(ended.is_err() && batch.is_empty());
+    assert_eq!(batch.cache().used_bytes(), 0);
 }
 
 #[cfg(feature = "cli")]

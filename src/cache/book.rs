@@ -253,6 +253,8 @@ impl Book {
             return;
         };
         let begin = unseen(sequence.tokens.len() as u32, window) / page_len;
+        // A window of nothing ends behind the last position.
+        let begin = begin.min(sequence.pages.len() as u32);
         let first = sequence.keep.first.div_ceil(page_len);
         let pages = first.min(begin) as usize..begin as usize;
         let gone: Vec<u32> = sequence.pages[pages]
@@ -361,6 +363,22 @@ fn best(rows: &[&[u32]], members: Vec<usize>, known: usize) -> (usize, Vec<(Vec<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_window_of_nothing_keeps_the_first_pages_alone() {
+        let mut book = Book::new(4, 1);
+        let keep = Keep {
+            window: Some(0),
+            first: 1,
+        };
+        let id = book.start(&[], keep);
+        for token in 0..6 {
+            book.append(id, &[token]).unwrap();
+        }
+        book.append(id, &[]).unwrap();
+        assert_eq!(book.len(id).unwrap(), 6);
+        assert_eq!(book.used(), 1);
+    }
 
     #[test]
     fn groups_spare_the_most_pages() {

@@ -271,7 +271,8 @@ impl<'m> Batch<'m> {
         pages_of(positions, &self.settings, self.keep.window)
     }
 
-    /// Ends a request before its end; the answer is what is written so far, or none where it is answered already.
+    /// Ends a request before its end; the answer is what is written so far, or none where it is answered already or
+    /// refused: then nothing more is said of it.
     ///
     /// # Errors
     /// None that a caller can cause.
@@ -281,6 +282,7 @@ impl<'m> Batch<'m> {
             self.cache.remove(row.cached)?;
             return Ok(Some(row.request.written()));
         }
+        self.refused.retain(|&(refused, _)| refused != id);
         let at = self.waiting.iter().position(|request| request.id == id);
         let request = at.and_then(|at| self.waiting.remove(at));
         Ok(request.map(|request| request.written()))

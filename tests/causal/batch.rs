@@ -317,7 +317,10 @@ fn a_cancelled_request_leaves_the_others_as_they_are() {
             written += u32::from(request == ids[0]);
         }
     }
-    // One that runs, one that waits, and both again.
+    // One that is refused, one that runs, one that waits, and all again.
+    let refused = batch.add(&[], &limits);
+    assert_eq!(batch.cancel(refused).unwrap(), None);
+    assert_eq!(batch.cancel(refused).unwrap(), None);
     let cut = batch.cancel(ids[0]).unwrap().unwrap();
     assert_eq!(cut.tokens, wants[0].tokens[..3]);
     assert!(batch.cancel(ids[5]).unwrap().unwrap().tokens.is_empty());
@@ -326,8 +329,12 @@ fn a_cancelled_request_leaves_the_others_as_they_are() {
     let mut ended = BTreeMap::new();
     while !batch.is_empty() {
         for event in batch.step().unwrap() {
-            if let Event::Finished { request, sequence } = event {
-                ended.insert(request, sequence.tokens);
+            match event {
+                Event::Token { .. } => {}
+                Event::Finished { request, sequence } => {
+                    ended.insert(request, sequence.tokens);
+                }
+                Event::Failed { .. } => panic!("{event:?}"),
             }
         }
     }
