@@ -2,6 +2,7 @@
 """What the compilers of GPUs make of attention kernels, ours beside the peers', as Markdown tables.
 
     compilers.py --tool COMMAND FOLDER > tables.md
+    compilers.py --tool COMMAND --spills FOLDER
 
 COMMAND is called as `COMMAND GPU FILE --json` and `COMMAND GPU FILE --disasm`: it compiles a WGSL or SPIR-V
 file for that GPU, none needed, and prints what the driver's VK_KHR_pipeline_executable_properties say, and
@@ -11,6 +12,10 @@ kernel of several launches has one file each, told apart in brackets: "decode-f3
 for navi31 alone, which has cooperative matrices. Ours come from
 
     QKV_TEXTS=FOLDER/qkv cargo test --release --test shaders -- --ignored texts_for_compilers
+
+With --spills, FOLDER itself has the files, ours with each option, and those that spill or use scratch are named:
+
+    QKV_TEXTS=FOLDER cargo test --release --test shaders -- --ignored texts_of_options_for_compilers
 
 Cycles per 64 multiply-adds are the compiler's own estimate for the whole kernel over the multiply-adds that the
 same guesses give. The compilers guess how often loops turn: Intel's 10 times; AMD's 8 times, an inner loop 4
@@ -101,7 +106,8 @@ def intel_multiplications(assembly):
     return total
 
 
-def figures(tool, gpu, path):
+def said_of(tool, gpu, path, disassemble=True):
+    """What the driver says of it, and its assembly."""
     with tempfile.NamedTemporaryFile("w", suffix=path.suffix) as copy:
         file = str(path)
         if path.suffix == ".wgsl":
@@ -110,29 +116,52 @@ def figures(tool, gpu, path):
             file = copy.name
         # The last is the widest of those that were compiled.
         said = json.loads(call(tool, gpu, file, "--json").strip().splitlines()[-1])[-1]
-        disassembly = call(tool, gpu, file, "--disasm")
+        return said, disassemble and call(tool, gpu, file, "--disasm")
+
+
+def spilt(gpu, said):
+    """Spills and fills, and bytes of scratch memory."""
+    if gpu == "dg2":
+        return said["Spill Count"] + said["Fill Count"], said["Scratch Memory Size"]
+    return said["Spilled VGPRs"] + said["Spilled SGPRs"], said["Scratch size"]
+
+
+def figures(tool, gpu, path):
+    said, disassembly = said_of(tool, gpu, path)
     if gpu == "dg2":
         made = intel_multiplications(disassembly[disassembly.rindex("---- GEN Assembly") :])
         registers = f"{said['Max live registers']} live of 128"
-        spills = said["Spill Count"] + said["Fill Count"]
         occupancy, cycles = f"SIMD{said['subgroup_size']}", said["Cycle Count"]
-        scratch = said["Scratch Memory Size"]
     else:
         made = said["subgroup_size"] * amd_multiplications(
             disassembly[disassembly.rindex("---- Assembly") :], said["subgroup_size"]
         )
         registers = f"{said['VGPRs']}"
-        spills = said["Spilled VGPRs"] + said["Spilled SGPRs"]
         occupancy, cycles = f"{said['Subgroups per SIMD']} waves", said["Inverse Throughput"]
-        scratch = said["Scratch size"]
-    return [registers, spills, scratch, occupancy, f"{64 * cycles / made:.1f}" if made else "-"]
+    return [registers, *spilt(gpu, said), occupancy, f"{64 * cycles / made:.1f}" if made else "-"]
+
+
+def count_spills(tool, folder):
+    texts, found = 0, 0
+    for path, (gpu, lanes) in itertools.product(sorted(folder.iterdir()), GPUS.items()):
+        if path.stem.split(" (")[0].endswith(f"-{lanes}"):
+            texts += 1
+            spills, scratch = spilt(gpu, said_of(tool, gpu, path, disassemble=False)[0])
+            if spills or scratch:
+                found += 1
+                print(f"{gpu}: {path.stem}: {spills} spills and fills, {scratch} bytes of scratch", flush=True)
+    print(f"{found} of {texts} spill")
+    return found != 0 or texts == 0
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--tool", required=True, type=shlex.split, help="the command that compiles for a GPU")
+    p.add_argument("--spills", action="store_true", help="names what spills among the folder's own files, and tables nothing")
     p.add_argument("folder", type=pathlib.Path)
     args = p.parse_args()
+    if args.spills:
+        sys.exit(count_spills(args.tool, args.folder))
     sides = sorted(x for x in args.folder.iterdir() if x.is_dir())
     sides.sort(key=lambda side: side.name != "qkv")
     # Of attention by head dim and K's and V's type; of products by the rows that a thread has and the weights' storage.

@@ -72,16 +72,17 @@ fn t5_bucket(distance: i32) -> u32 {
 {% if T5_BOTH %}
     let buckets = P.t5_buckets / 2u;
     let side = select(0u, buckets, distance > 0);
-    let n = u32(abs(distance));
+    let n = f32(abs(distance));
 {% else %}
     let buckets = P.t5_buckets;
     let side = 0u;
-    let n = u32(max(-distance, 0));
+    let n = f32(max(-distance, 0));
 {% endif %}
-    let exact = buckets / 2u;
-    // The small number makes up for the error of a device's logarithm where the value is whole.
-    let far = log(f32(max(n, exact)) / f32(exact)) / P.t5_distance * f32(buckets - exact) + 2.0e-5;
-    return side + select(min(exact + u32(far), buckets - 1u), n, n < exact);
+    let exact = f32(buckets / 2u);
+    let end = f32(buckets);
+    // The small number makes up for the error of a device's logarithm, and of the sum, where the value is whole.
+    let far = exact + log(max(n, exact) / exact) / P.t5_distance * (end - exact) + 2.0e-5;
+    return side + u32(select(min(far, end - 1.0), n, n < exact));
 }
 {% endif %}
 

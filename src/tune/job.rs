@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 
-use super::{KEPT_GROUPS, LONG, Shape};
+use super::{KEPT_GROUPS, Shape};
 use crate::attention::{Candidate, Options, Problem, Tensors, View, plan, record_as};
 use crate::gpu::{DType, Gpu, Recorder, Recording, Tensor};
 use crate::reference::{self, Attention, Offset};
@@ -77,7 +77,11 @@ fn values(shape: &Shape) -> [Vec<f32>; 3] {
 }
 
 impl<'a> Job<'a> {
-    pub(super) fn new(gpu: &'a Gpu, shape: &Shape) -> Result<Job<'a>> {
+    /// With tensors of any values, and no answer to hold others against.
+    ///
+    /// # Errors
+    /// What attention refuses of the shape.
+    pub(super) fn empty(gpu: &'a Gpu, shape: &Shape) -> Result<Job<'a>> {
         let &Shape {
             batch,
             heads,
@@ -87,19 +91,17 @@ impl<'a> Job<'a> {
             dtype,
             ..
         } = shape;
-        let (shapes, values) = (extents(shape), values(shape));
-        let upload = |ix: usize| gpu.upload_floats("tuning", dtype, &shapes[ix], &values[ix]);
+        let [q, k, v] = extents(shape).map(|extents| gpu.empty("tuning", dtype, &extents));
         let seen = k_len - k_len / 4;
-        let cells = (0..k_len).map(|j| u8::from(j < seen));
-        let cells: Vec<u8> = cells.collect();
+        let cells: Vec<u8> = (0..k_len).map(|j| u8::from(j < seen)).collect();
         let mask = shape.masked;
         let mask = mask.then(|| gpu.upload("mask", DType::Bool, &[1, 1, 1, k_len], &cells));
-        let mut job = Job {
+        let job = Job {
             gpu,
             shape: *shape,
-            q: upload(0)?,
-            k: upload(1)?,
-            v: upload(2)?,
+            q: q?,
+            k: k?,
+            v: v?,
             out: gpu.empty("out", dtype, &[batch, heads, q_len, value_dim])?,
             mask: mask.transpose()?,
             options: Options {
@@ -112,8 +114,17 @@ impl<'a> Job<'a> {
             agreed: Default::default(),
             doubt: Default::default(),
         };
-        // Refuses what attention refuses, before the oracle is asked.
         plan(&job.problem()?, gpu.caps())?;
+        Ok(job)
+    }
+
+    pub(super) fn new(gpu: &'a Gpu, shape: &Shape) -> Result<Job<'a>> {
+        // Refuses before values are made.
+        let mut job = Job::empty(gpu, shape)?;
+        let (extents, values) = (extents(shape), values(shape));
+        let upload =
+            |ix: usize| gpu.upload_floats("tuning", shape.dtype, &extents[ix], &values[ix]);
+        (job.q, job.k, job.v) = (upload(0)?, upload(1)?, upload(2)?);
         job.wanted = RefCell::new(job.oracle(&values));
         Ok(job)
     }
@@ -174,27 +185,21 @@ impl<'a> Job<'a> {
         recorder.finish()
     }
 
-    /// The same with fewer heads, where the table's choice takes long and those that are left still keep the
-    /// device busy.
-    pub(super) fn part(&self, table: &Recording) -> Result<Option<Job<'a>>> {
-        let mut seconds = self.gpu.time(table)?.as_secs_f64();
+    /// The shape, then with fewer and fewer heads, as long as those that are left still keep the device busy.
+    pub(super) fn parts(&self) -> Result<Vec<Shape>> {
         let kept = KEPT_GROUPS[usize::from(self.gpu.caps().software)];
         let plan = plan(&self.problem()?, self.gpu.caps())?;
         let groups = plan.launches.iter().map(|launch| launch.groups).max();
         // Without splits, which are to be compared.
         let mut groups = groups.unwrap_or(0) / u64::from(plan.splits);
+        let mut parts = vec![self.shape];
         let mut shape = self.shape;
-        while seconds > LONG && groups / 2 >= kept {
-            let Some(half) = shape.half() else { break };
-            let heads = |shape: &Shape| f64::from(shape.batch) * f64::from(shape.heads);
-            seconds *= heads(&half) / heads(&shape);
+        while let Some(half) = shape.half().filter(|_| groups / 2 >= kept) {
             groups /= 2;
             shape = half;
+            parts.push(half);
         }
-        match shape == self.shape {
-            true => Ok(None),
-            false => Job::new(self.gpu, &shape).map(Some),
-        }
+        Ok(parts)
     }
 
     /// Some rows of the answer, from all over it, from the values of q, k and v.

@@ -50,7 +50,7 @@ pub struct Tuned {
 const KERNELS_FOR: f64 = 0.7;
 /// Seconds that the best kernel's splits are timed for.
 const SPLITS_FOR: f64 = 0.5;
-/// Seconds of one run past which a shape is measured on a part of its heads.
+/// Seconds of one run past which a shape is measured on a part of its heads, if that part keeps the device busy.
 const LONG: f64 = 0.03;
 /// Workgroups of the table's choice that such a part keeps: they keep a large device busy, or a processor.
 const KEPT_GROUPS: [u64; 2] = [256, 32];
@@ -79,18 +79,24 @@ pub fn shape(gpu: &Gpu, shape: &Shape) -> Result<Tuned> {
 /// [`crate::Error::Refused`] for a shape that attention refuses.
 pub fn measure(gpu: &Gpu, shape: &Shape) -> Result<Tuned> {
     let started = Instant::now();
-    let job = Job::new(gpu, shape)?;
-    let bucket = job.bucket()?;
-    let kernels = job.kernels()?;
+    let whole = Job::empty(gpu, shape)?;
+    let (bucket, kernels, parts) = (whole.bucket()?, whole.kernels()?, whole.parts()?);
+    drop(whole);
     let table = kernels[0];
+    // The least part tells how long the others would take.
+    let least = *parts.last().unwrap_or(shape);
+    let mut job = Job::new(gpu, &least)?;
     let first = Instant::now();
     let recording = job.record(table)?;
     gpu.run(&recording)?;
     let first = first.elapsed();
-    let mut contest = Contest::new(match job.part(&recording)? {
-        Some(part) => part,
-        None => job,
-    });
+    let a_head = gpu.time(&recording)?.as_secs_f64() / least.all_heads();
+    let mut parts = parts.into_iter();
+    let part = parts.find(|part| part.all_heads() * a_head <= LONG);
+    if let Some(part) = part.filter(|part| *part != least) {
+        job = Job::new(gpu, &part)?;
+    }
+    let mut contest = Contest::new(job);
     let heads = [&contest.job.shape, shape].map(|shape| shape.batch.saturating_mul(shape.heads));
     contest.first = first;
     for candidate in kernels {

@@ -83,6 +83,11 @@ pub fn default_shapes(caps: &Caps) -> Vec<Shape> {
 const MOST: u64 = 1 << 30;
 
 impl Shape {
+    /// Heads of all batch rows.
+    pub(super) fn all_heads(&self) -> f64 {
+        f64::from(self.batch) * f64::from(self.heads)
+    }
+
     /// Half of it, batch rows or else heads, for a device that takes long.
     pub(super) fn half(&self) -> Option<Shape> {
         let mut half = *self;

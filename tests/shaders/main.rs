@@ -13,7 +13,7 @@ use qkv::gpu::{DType, Matrices, Shader, templates};
 mod device;
 mod variants;
 
-use variants::{TYPES, attention_variants, matrix, other_variants};
+use variants::{TYPES, attention_variants, matrix, other_variants, with_options};
 
 /// How many variants there are, and how many different texts they make.
 const VARIANTS: usize = 25_854;
@@ -241,6 +241,25 @@ fn texts_for_compilers() {
             std::fs::write(std::path::Path::new(&folder).join(name), text).unwrap();
         }
     }
+}
+
+/// Writes the fused kernels with each option, for the spills that benches/peers/compilers.py counts.
+#[test]
+#[ignore = "for benches/peers/compilers.py --spills; QKV_TEXTS names a folder"]
+fn texts_of_options_for_compilers() {
+    let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
+    let named = with_options();
+    let names: HashSet<&String> = named.iter().map(|(name, _)| name).collect();
+    assert_eq!(names.len(), named.len());
+    for (name, shader) in &named {
+        let text = shader.expand(&templates()).unwrap();
+        std::fs::write(
+            std::path::Path::new(&folder).join(format!("{name}.wgsl")),
+            text,
+        )
+        .unwrap();
+    }
+    println!("{} texts", named.len());
 }
 
 #[test]

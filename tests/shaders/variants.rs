@@ -82,10 +82,41 @@ struct Parts {
     weights: Tensor,
 }
 
-/// A view of as many columns of rows of 32.
+impl Parts {
+    /// With rows of blocks for heads of that many columns at most.
+    fn new(columns: u32) -> Parts {
+        let gpu = gpu();
+        let make = |dtype| gpu.empty("tensor", dtype, &[1 << 19]).unwrap();
+        Parts {
+            inputs: TYPES.map(make),
+            outputs: TYPES.map(make),
+            table: gpu.empty("table", DType::F32, &[2]).unwrap(),
+            integers: gpu.empty("integers", DType::U32, &[2]).unwrap(),
+            offsets: gpu.empty("offsets", DType::I32, &[2]).unwrap(),
+            cu: [0, 1].map(|_| gpu.empty("cu", DType::U32, &[3]).unwrap()),
+            rows: gpu.empty("rows", DType::U32, &[2, 130]).unwrap(),
+            pages: gpu.empty("pages", DType::U32, &[2, 1]).unwrap(),
+            blocks: [DType::Q8_0, DType::Q4_0]
+                .map(|dtype| gpu.empty("blocks", dtype, &[2 * 2 * 130, columns]).unwrap()),
+            mask: gpu.empty("mask", DType::Bool, &[1, 1, 1, 130]).unwrap(),
+            t5: gpu.empty("t5", DType::F32, &[8, 2]).unwrap(),
+            weights: gpu.empty("bias", DType::F32, &[1, 1, 1, 130]).unwrap(),
+        }
+    }
+}
+
+/// Heads of so many rows and columns; not dense: with a gap behind each row.
+fn view(tensor: &Tensor, [b, h, l, d]: [u32; 4], dense: bool) -> View<'_> {
+    let gap = if dense { 0 } else { 1 };
+    let row = d + gap;
+    View::new(tensor, [b, h, l, d], gap, [h * l * row, l * row, row]).unwrap()
+}
+
+/// A view of as many columns of rows of blocks.
 fn quantised<'t>(blocks: &'t Tensor, like: &View) -> View<'t> {
     let [b, h, l, d] = like.extents();
-    View::new(blocks, [b, h, l, d], 0, [h * l * 32, l * 32, 32]).unwrap()
+    let row = blocks.shape()[1];
+    View::new(blocks, [b, h, l, d], 0, [h * l * row, l * row, row]).unwrap()
 }
 
 type Change = for<'a> fn(&mut Tensors<'a>, &mut Options, &'a Parts);
@@ -133,30 +164,10 @@ const OPTIONS: [Change; 19] = [
 /// were made and how many were refused for binding more.
 fn planned() -> (HashSet<Shader>, usize, usize) {
     let gpu = gpu();
-    let make = |dtype| gpu.empty("tensor", dtype, &[1 << 19]).unwrap();
-    let parts = Parts {
-        inputs: TYPES.map(make),
-        outputs: TYPES.map(make),
-        table: gpu.empty("table", DType::F32, &[2]).unwrap(),
-        integers: gpu.empty("integers", DType::U32, &[2]).unwrap(),
-        offsets: gpu.empty("offsets", DType::I32, &[2]).unwrap(),
-        cu: [0, 1].map(|_| gpu.empty("cu", DType::U32, &[3]).unwrap()),
-        rows: gpu.empty("rows", DType::U32, &[2, 130]).unwrap(),
-        pages: gpu.empty("pages", DType::U32, &[2, 1]).unwrap(),
-        blocks: [DType::Q8_0, DType::Q4_0]
-            .map(|dtype| gpu.empty("blocks", dtype, &[2 * 2 * 130, 32]).unwrap()),
-        mask: gpu.empty("mask", DType::Bool, &[1, 1, 1, 130]).unwrap(),
-        t5: gpu.empty("t5", DType::F32, &[8, 2]).unwrap(),
-        weights: gpu.empty("bias", DType::F32, &[1, 1, 1, 130]).unwrap(),
-    };
+    let parts = Parts::new(32);
     let mut caps = gpu.caps().without_f16();
     (caps.f16, caps.f16_math, caps.storage_buffers) = (true, true, 8);
     (caps.workgroup_memory, caps.invocations) = (32_768, 256);
-    let view = |tensor, [b, h, l, d]: [u32; 4], dense: bool| {
-        let gap = if dense { 0 } else { 1 };
-        let row = d + gap;
-        View::new(tensor, [b, h, l, d], gap, [h * l * row, l * row, row]).unwrap()
-    };
     let (mut shaders, mut plans, mut refused) = (HashSet::new(), 0, 0);
     let mut ask = |[q_len, d, dv]: [u32; 3],
                    types: [usize; 4],
@@ -316,6 +327,67 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
         }
     }
     (shaders, plans, refused)
+}
+
+/// Fused kernels as planned with each option, ragged and not, for devices of 64 lanes and of 8 to 32: the name says how.
+pub fn with_options() -> Vec<(String, Shader)> {
+    let mut caps = gpu().caps().without_f16();
+    (caps.f16, caps.f16_math, caps.software) = (true, true, false);
+    let mut named = Vec::new();
+    for (d, dtype) in [(64, 0), (128, 0), (128, 1)] {
+        let parts = Parts::new(d);
+        let changes = (0..OPTIONS.len()).map(Some).chain([None]);
+        for (change, ragged) in changes.flat_map(|change| BOTH.map(|ragged| (change, ragged))) {
+            // Histories, lengths and pages are not to be had with ragged keys.
+            if ragged && matches!(change, Some(5 | 8 | 14)) {
+                continue;
+            }
+            for (lanes, subgroups) in [("64", (64, 64)), ("8-32", (8, 32))] {
+                caps.subgroups = Some(subgroups);
+                for (route, q_len, splits) in [
+                    (Route::Prefill, 70, None),
+                    (Route::Decode, 4, None),
+                    (Route::Decode, 4, Some(2)),
+                ] {
+                    let batch = if ragged { 1 } else { 2 };
+                    let mut tensors = Tensors::new(
+                        view(&parts.inputs[dtype], [batch, 2, q_len, d], true),
+                        view(&parts.inputs[dtype], [batch, 2, 130, d], true),
+                        view(&parts.inputs[dtype], [batch, 2, 130, d], true),
+                        view(&parts.outputs[dtype], [batch, 2, q_len, d], true),
+                    );
+                    if ragged {
+                        (tensors.cu_q, tensors.cu_k) = (Some(&parts.cu[0]), Some(&parts.cu[1]));
+                    }
+                    let mut options = Options::default();
+                    if let Some(change) = change {
+                        OPTIONS[change](&mut tensors, &mut options, &parts);
+                    }
+                    if options.batch_invariant && route == Route::Prefill {
+                        continue;
+                    }
+                    (options.route, options.splits) = (Some(route), splits);
+                    let problem = Problem::new(&tensors, &options).unwrap();
+                    let plan = plan(&problem, &caps).unwrap();
+                    for launch in plan.launches {
+                        let kernel = launch.shader.kernel;
+                        if ["prefill", "prefill_lanes", "decode", "decode_lanes"].contains(&kernel)
+                        {
+                            let change = change.map_or("plain".into(), |ix| format!("option {ix}"));
+                            let parts = splits.map_or("", |_| ", parts");
+                            let ragged = if ragged { ", ragged" } else { "" };
+                            let name = format!(
+                                "{kernel}-{}-{d}-{lanes} ({change}{parts}{ragged})",
+                                TYPES[dtype].name()
+                            );
+                            named.push((name, launch.shader));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    named
 }
 
 /// Attention's variants.
