@@ -5,6 +5,7 @@
 //! QKV_MODEL="$(scripts/fetch-smollm2)" cargo bench --bench decode -- [f32 q8_0 ..] [128 4096 ..] [1 8 32 ..]
 //! QKV_HF_PYTHON=python3 QKV_MODEL=... cargo bench --bench decode     # beside transformers on the CPU
 //! QKV_LLAMA_PYTHON=python3 QKV_MODEL=... cargo bench --bench decode  # beside llama.cpp on the CPU
+//! QKV_ORT_PYTHON=python3 QKV_MODEL=... cargo bench --bench decode    # beside ONNX Runtime on the same device
 //! ```
 //!
 //! A context of so many tokens is read once; the batch's sequences are forks of it, each with tokens of its own. The
@@ -55,9 +56,11 @@ fn main() -> qkv::Result<()> {
         "host's part of a step of one sequence: {:.0} µs",
         host_us(&model)?
     );
-    println!(
-        "\ncache  context  batch  tokens/s  cascade tokens/s  times  step ms  transformers tokens/s  ours/it  llama.cpp tokens/s  ours/it"
-    );
+    print!("\ncache  context  batch  tokens/s  cascade tokens/s  times  step ms");
+    for [_, _, name] in PEERS {
+        print!("{:>22}  ours/it", format!("{name} tokens/s"));
+    }
+    println!();
     let types = among(TYPES.map(|dtype| dtype.name().into()).to_vec());
     let contexts = among(CONTEXTS.map(|n| n.to_string()).to_vec());
     let wanted = among(BATCHES.map(|n| n.to_string()).to_vec());
@@ -186,25 +189,21 @@ fn by_batch(
         }
         let [plain, cascade] = times.map(median);
         let rate = |seconds: f64| batch as f64 / seconds;
-        let [hf, llama] = theirs.map(|theirs| match theirs {
-            Some(seconds) => [
-                format!("{:.1}", rate(seconds)),
-                format!("{:.2}", seconds / plain),
-            ],
-            None => Default::default(),
-        });
-        println!(
-            "{:<5}{context:>9}{batch:>7}{:>10.1}{:>18.1}{:>7.2}{:>9.0}{:>23}{:>9}{:>20}{:>9}",
+        print!(
+            "{:<5}{context:>9}{batch:>7}{:>10.1}{:>18.1}{:>7.2}{:>9.0}",
             dtype.name(),
             rate(plain),
             rate(cascade),
             plain / cascade,
             plain * 1e3,
-            hf[0],
-            hf[1],
-            llama[0],
-            llama[1],
         );
+        for theirs in theirs {
+            match theirs {
+                Some(seconds) => print!("{:>22.1}{:>9.2}", rate(*seconds), seconds / plain),
+                None => print!("{:31}", ""),
+            }
+        }
+        println!();
     }
     Ok(())
 }
@@ -236,18 +235,19 @@ fn host_us(model: &CausalModel) -> qkv::Result<f64> {
     Ok(median(times.collect()))
 }
 
-/// Where a peer's Python is named, and the script that it runs.
-const PEERS: [[&str; 2]; 2] = [
-    ["QKV_HF_PYTHON", "decode_hf.py"],
-    ["QKV_LLAMA_PYTHON", "decode_llama.py"],
+/// Where a peer's Python is named, the script that it runs, and its name.
+const PEERS: [[&str; 3]; 3] = [
+    ["QKV_HF_PYTHON", "decode_hf.py", "transformers"],
+    ["QKV_LLAMA_PYTHON", "decode_llama.py", "llama.cpp"],
+    ["QKV_ORT_PYTHON", "decode_ort.py", "ort"],
 ];
 
 /// Seconds of a step in each.
 type Peers = [Option<f64>; PEERS.len()];
 
-/// Seconds of a step in a peer on the CPU, where its variable names a Python that has it.
+/// Seconds of a step in a peer, where its variable names a Python that has it.
 fn peer_seconds(
-    [python, script]: [&str; 2],
+    [python, script, _]: [&str; 3],
     path: &Path,
     batch: usize,
     context: usize,

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Seconds of a step of a GGUF model in Hugging Face transformers on the CPU, in f32: the median.
 
+    pip install -r requirements.txt
     python decode_hf.py MODEL.gguf BATCH CONTEXT STEPS
 
 The context is read once, its keys and values are repeated for the batch, and each step takes a token a sequence.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds of a step of a GGUF model of the Llama family in ONNX Runtime on WebGPU, in f32: the median.
 
-    pip install -r requirements.txt onnx onnxruntime-webgpu
+    pip install -r decode-ort-requirements.txt
     python decode_ort.py MODEL.gguf BATCH CONTEXT STEPS
 
 The model is written as ONNX from the weights that transformers reads, with ONNX Runtime's own operators for its norms and its
