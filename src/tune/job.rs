@@ -31,6 +31,9 @@ pub(super) struct Job<'a> {
     doubt: Cell<bool>,
 }
 
+/// How many numbers differ before they come again: a prime, so that a row comes again after as many rows only.
+const PERIOD: usize = 65_521;
+
 /// Numbers of variance about one, the same in every run, as the storage type holds them.
 fn noise(seed: u64, n: usize, dtype: DType) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -45,7 +48,12 @@ fn noise(seed: u64, n: usize, dtype: DType) -> Vec<f32> {
         DType::BF16 => half::bf16::from_f32(x).to_f32(),
         _ => x,
     };
-    (0..n).map(|_| round(next())).collect()
+    let period: Vec<f32> = (0..n.min(PERIOD)).map(|_| round(next())).collect();
+    let mut all = Vec::with_capacity(n);
+    while all.len() < n {
+        all.extend_from_slice(&period[..period.len().min(n - all.len())]);
+    }
+    all
 }
 
 /// Of q, k and v.

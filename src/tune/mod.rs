@@ -47,7 +47,7 @@ pub struct Tuned {
 }
 
 /// Seconds that the kernels are timed for.
-const KERNELS_FOR: f64 = 0.7;
+const KERNELS_FOR: f64 = 0.6;
 /// Seconds that the best kernel's splits are timed for.
 const SPLITS_FOR: f64 = 0.5;
 /// Seconds of one run past which a shape is measured on a part of its heads, if that part keeps the device busy.

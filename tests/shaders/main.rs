@@ -146,7 +146,7 @@ fn texts_for_browsers() {
     assert_eq!(texts.len(), TEXTS - COOP_TEXTS);
 }
 
-/// Writes `prefill` and `decode` as planned for a device with 64 lanes and for one with 8 to 32, for
+/// Writes each route's products as planned for a device with 64 lanes and for one with 8 to 32, for
 /// benches/peers/compilers.py: 32 query heads on 8 KV heads, D 64 and 128, f32 and f16; `prefill` also with
 /// products in f16, and on matrices.
 #[test]
@@ -169,6 +169,7 @@ fn texts_for_compilers() {
         {
             let f16_math = dtype == DType::F16;
             for (route, q_len, f16_math) in [
+                (Route::ThreePass, 512, false),
                 (Route::Prefill, 512, false),
                 (Route::Prefill, 512, f16_math),
                 (Route::Decode, 1, false),
@@ -183,21 +184,24 @@ fn texts_for_compilers() {
                     ..Options::default()
                 };
                 let plan = plan(&Problem::new(&tensors, &options).unwrap(), &caps).unwrap();
-                let shader = &plan.launches[0].shader;
-                if (shader.kernel == "prefill_coop") != matrices.is_some() {
-                    continue;
+                for launch in &plan.launches {
+                    let kernel = launch.shader.kernel;
+                    if (kernel == "prefill_coop") != matrices.is_some() || kernel == "softmax" {
+                        continue;
+                    }
+                    // Three passes are the peers of `prefill`.
+                    let (side, note) = match route {
+                        Route::ThreePass => ("prefill", format!(" ({kernel})")),
+                        Route::Prefill if f16_math && matrices.is_none() => {
+                            ("prefill", " (f16 math)".into())
+                        }
+                        Route::Prefill => ("prefill", String::new()),
+                        Route::Decode => ("decode", String::new()),
+                    };
+                    let name = format!("{side}-{}-{d}-{lanes}{note}.wgsl", dtype.name());
+                    let text = launch.shader.expand(&templates()).unwrap();
+                    std::fs::write(std::path::Path::new(&folder).join(name), text).unwrap();
                 }
-                let text = shader.expand(&templates()).unwrap();
-                let name = format!(
-                    "{}-{}-{d}-{lanes}{}.wgsl",
-                    format!("{route:?}").to_lowercase(),
-                    dtype.name(),
-                    match f16_math && matrices.is_none() {
-                        true => " (f16 math)",
-                        false => "",
-                    },
-                );
-                std::fs::write(std::path::Path::new(&folder).join(name), text).unwrap();
             }
         }
     }
@@ -243,14 +247,12 @@ fn texts_for_compilers() {
     }
 }
 
-/// Writes the fused kernels with each option, for the spills that benches/peers/compilers.py counts.
+/// Writes attention's kernels with each option, for the spills that benches/peers/compilers.py counts.
 #[test]
 #[ignore = "for benches/peers/compilers.py --spills; QKV_TEXTS names a folder"]
 fn texts_of_options_for_compilers() {
     let folder = std::env::var("QKV_TEXTS").expect("QKV_TEXTS names a folder");
     let named = with_options();
-    let names: HashSet<&String> = named.iter().map(|(name, _)| name).collect();
-    assert_eq!(names.len(), named.len());
     for (name, shader) in &named {
         let text = shader.expand(&templates()).unwrap();
         std::fs::write(

@@ -1,6 +1,6 @@
 //! Every variant of every kernel that plans and operations ask for.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::OnceLock;
 
 use qkv::Error;
@@ -329,11 +329,12 @@ fn planned() -> (HashSet<Shader>, usize, usize) {
     (shaders, plans, refused)
 }
 
-/// Fused kernels as planned with each option, ragged and not, for devices of 64 lanes and of 8 to 32: the name says how.
-pub fn with_options() -> Vec<(String, Shader)> {
+/// Attention's kernels as planned with each option, ragged and not, for devices of 64 lanes and of 8 to 32: the name says
+/// how.
+pub fn with_options() -> BTreeMap<String, Shader> {
     let mut caps = gpu().caps().without_f16();
     (caps.f16, caps.f16_math, caps.software) = (true, true, false);
-    let mut named = Vec::new();
+    let mut named = BTreeMap::new();
     for (d, dtype) in [(64, 0), (128, 0), (128, 1)] {
         let parts = Parts::new(d);
         let changes = (0..OPTIONS.len()).map(Some).chain([None]);
@@ -345,6 +346,7 @@ pub fn with_options() -> Vec<(String, Shader)> {
             for (lanes, subgroups) in [("64", (64, 64)), ("8-32", (8, 32))] {
                 caps.subgroups = Some(subgroups);
                 for (route, q_len, splits) in [
+                    (Route::ThreePass, 70, None),
                     (Route::Prefill, 70, None),
                     (Route::Decode, 4, None),
                     (Route::Decode, 4, Some(2)),
@@ -371,17 +373,14 @@ pub fn with_options() -> Vec<(String, Shader)> {
                     let plan = plan(&problem, &caps).unwrap();
                     for launch in plan.launches {
                         let kernel = launch.shader.kernel;
-                        if ["prefill", "prefill_lanes", "decode", "decode_lanes"].contains(&kernel)
-                        {
-                            let change = change.map_or("plain".into(), |ix| format!("option {ix}"));
-                            let parts = splits.map_or("", |_| ", parts");
-                            let ragged = if ragged { ", ragged" } else { "" };
-                            let name = format!(
-                                "{kernel}-{}-{d}-{lanes} ({change}{parts}{ragged})",
-                                TYPES[dtype].name()
-                            );
-                            named.push((name, launch.shader));
-                        }
+                        let change = change.map_or("plain".into(), |ix| format!("option {ix}"));
+                        let parts = splits.map_or("", |_| ", parts");
+                        let ragged = if ragged { ", ragged" } else { "" };
+                        let dtype = TYPES[dtype].name();
+                        let name = format!(
+                            "{kernel}-{dtype}-{d}-{lanes} ({route:?}, {change}{parts}{ragged})"
+                        );
+                        named.insert(name, launch.shader);
                     }
                 }
             }
