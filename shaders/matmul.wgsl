@@ -56,7 +56,7 @@ var<workgroup> wg_sum: array<vec4<f32>, {{ ROWS * 16 * SLICES }}>;
 {% for r in range(ROWS) %}
         var products_{{ r }} = vec4<f32>();
 {% if W_TYPE == "q4_1" %}
-        var x_sum_{{ r }} = {{ "0.0" if BY_LANES else "vec4<f32>()" }};
+        var x_sum_{{ r }} = 0.0;
 {% endif %}
 {% endfor %}
         for (var k = first; k < {{ END }}; k += 8u) {
@@ -76,7 +76,10 @@ var<workgroup> wg_sum: array<vec4<f32>, {{ ROWS * 16 * SLICES }}>;
 {% for r in range(ROWS) %}
             let x_{{ part }}_{{ r }} = load_x(row_{{ r }}, k + {{ 4 * part }}u);
 {% if W_TYPE == "q4_1" %}
-            x_sum_{{ r }} += x_{{ part }}_{{ r }};
+            // One after the other: what waits to be added is held, and spills on Intel's compiler.
+{% for c in ["x", "y", "z", "w"] %}
+            x_sum_{{ r }} += x_{{ part }}_{{ r }}.{{ c }};
+{% endfor %}
 {% endif %}
 {% endfor %}
 {% endif %}
@@ -94,11 +97,8 @@ var<workgroup> wg_sum: array<vec4<f32>, {{ ROWS * 16 * SLICES }}>;
 {% for step in [1, 2, 4] %}
         x_sum_{{ r }} += subgroupShuffleXor(x_sum_{{ r }}, {{ step }}u);
 {% endfor %}
-        sum_{{ r }} = fma(scale.m, vec4<f32>(x_sum_{{ r }}), sum_{{ r }});
-{% else %}
-        let x_pairs_{{ r }} = x_sum_{{ r }}.xy + x_sum_{{ r }}.zw;
-        sum_{{ r }} = fma(scale.m, vec4<f32>(x_pairs_{{ r }}.x + x_pairs_{{ r }}.y), sum_{{ r }});
 {% endif %}
+        sum_{{ r }} = fma(scale.m, vec4<f32>(x_sum_{{ r }}), sum_{{ r }});
 {% endif %}
 {% endfor %}
     }
