@@ -7,6 +7,8 @@ struct Params { sources: u32, capacity: u32, pad_0: u32, pad_1: u32 }
 @group(0) @binding(1) var<storage, read> parents: array<u32>;               // [R], beam numbers within the source
 @group(0) @binding(2) var<storage, read> lengths: array<u32>;               // [R], this token included
 @group(0) @binding(3) var<storage, read_write> rows: array<u32>;            // [R, L]
+// What each thread has read: an array of its own would be spilled by GPUs.
+var<workgroup> wg_old: array<u32, {{ BEAMS * 64 }}>;
 
 @compute @workgroup_size(64)
 fn main(
@@ -18,15 +20,14 @@ fn main(
     if (index >= P.sources * P.capacity) { return; }
     let first = (index / P.capacity) * {{ BEAMS }}u;
     let j = index % P.capacity;
-    var old = array<u32, {{ BEAMS }}>();
 {% for n in range(BEAMS) %}
-    old[{{ n }}] = rows[(first + {{ n }}u) * P.capacity + j];
+    wg_old[{{ n * 64 }}u + thread] = rows[(first + {{ n }}u) * P.capacity + j];
 {% endfor %}
 {% for n in range(BEAMS) %}
     {
         let row = first + {{ n }}u;
         let parent = min(parents[row], {{ BEAMS - 1 }}u);
-        rows[row * P.capacity + j] = select(old[parent], row, j + 1u == lengths[row]);
+        rows[row * P.capacity + j] = select(wg_old[parent * 64u + thread], row, j + 1u == lengths[row]);
     }
 {% endfor %}
 }
