@@ -4,6 +4,7 @@
 //! ```text
 //! cargo bench --bench cache            # everything
 //! cargo bench --bench cache -- pages   # the forms of the cache alone, measured for longer
+//! cargo bench --bench cache -- ragged  # sequences of different lengths alone
 //! ```
 //!
 //! Each form is held beside attention in f64 over the values as they are stored, then all are timed in turn on
@@ -135,7 +136,11 @@ fn stored(gpu: &Gpu, dtype: DType, d: u32, values: &[f32]) -> qkv::Result<Vec<f6
 fn main() -> qkv::Result<()> {
     let gpu = Gpu::new()?.untuned();
     println!("{}", gpu.caps().name);
-    let pages_alone = std::env::args().any(|argument| argument == "pages");
+    let asked = |part| std::env::args().any(|argument| argument == part);
+    if asked("ragged") {
+        return ragged(&gpu);
+    }
+    let pages_alone = asked("pages");
     let rounds = if pages_alone { LONG_ROUNDS } else { ROUNDS };
     for shape in SHAPES {
         let [b, heads, kv_heads, k_len, d] = shape;

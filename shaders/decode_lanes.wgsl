@@ -23,6 +23,9 @@ enable subgroups;
 {% include "shared/decode.wgsl" %}
 {% set CAREFUL = FEW_SEE or HAS_BIAS or HAS_SCORE_MOD or HAS_MASK or HAS_MASK_MOD %}
 
+{# Each row's head and position, kept for its scores, and the values unrolled are 5 spills on DG2. #}
+{% set VALUES_ROLL = " * P.one" if FEW_REGISTERS and (HAS_ALIBI or HAS_T5) else ROLL %}
+
 const ROWS = {{ ROWS }}u;
 const QUADS = {{ QUADS }}u;     // vec4s in a row of Q
 const LANES = {{ LANES }}u;     // of a team
@@ -132,7 +135,7 @@ fn main(
         l_{{ r }} += p_{{ r }}_{{ e }};
 {% endfor %}
 {% endfor %}
-        for (var n = 0u; n < LANES{{ ROLL }}; n += 1u) {
+        for (var n = 0u; n < LANES{{ VALUES_ROLL }}; n += 1u) {
 {% for e in range(KEYS) %}
             {
 {% if TABLED %}

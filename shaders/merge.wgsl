@@ -25,7 +25,7 @@ fn main(
     if (row.x >= P.batch) { return; }
     let d = (index % quads) * 4u;
     let stride = P.value_dim + 2u;
-    let at = P.weights_from + row_number(row.x, row.y, row.z) * P.splits * stride;
+    let at = P.weights_from + part_number(row.x, row.y, row.z) * P.splits * stride;
     let sink = sink_of(row.y);
     var top = sink;
     for (var s = 0u; s < P.splits; s += 1u) { top = max(top, parts[at + s * stride + P.value_dim]); }

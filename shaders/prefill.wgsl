@@ -16,7 +16,8 @@
 // depends on its neighbours. With subgroups the row's maximum comes by shuffles among its 8 lanes.
 // Value dims past 128 take more workgroups, each of which makes S anew: registers stay bounded. Four rows
 // a thread feed 64 multiply-adds with 8 loads, two rows 32 with 6; but four rows of more than 32 value
-// columns spill on Intel DG2 (SIMD8, 118 spills at 128 columns), so only the narrowest heads have four. Where a
+// columns spill on Intel DG2 (SIMD8, 118 spills at 128 columns), fewer with some options or in f16 do as well,
+// so only the narrowest heads have four, and none where registers are few. Where a
 // thread's part of a tile lies in Q, K and V is worked out once: the divisions by the queries of a head, in
 // every tile, took half of DG2's cycles and a third of navi31's.
 //

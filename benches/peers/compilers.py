@@ -13,9 +13,10 @@ for navi31 alone, which has cooperative matrices. Ours come from
 
     QKV_TEXTS=FOLDER/qkv cargo test --release --test shaders -- --ignored texts_for_compilers
 
-With --spills, FOLDER itself has the files, ours with each option, and those that spill or use scratch are named:
+With --spills, FOLDER has a folder for each GPU, with everything that is planned there, and what spills or uses
+scratch is named; with --every N, one in N is looked at:
 
-    QKV_TEXTS=FOLDER cargo test --release --test shaders -- --ignored texts_of_options_for_compilers
+    QKV_TEXTS=FOLDER cargo test --release --test shaders -- --ignored texts_of_gpus_for_compilers
 
 Cycles per 64 multiply-adds are the compiler's own estimate for the whole kernel over the multiply-adds that the
 same guesses give. The compilers guess how often loops turn: Intel's 10 times; AMD's 8 times, an inner loop 4
@@ -25,8 +26,10 @@ dot products of pairs), times the lanes that execute it; in products the scaling
 """
 
 import argparse
+import concurrent.futures
 import itertools
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -141,27 +144,32 @@ def figures(tool, gpu, path):
     return [registers, *spilt(gpu, said), occupancy, f"{64 * cycles / made:.1f}" if made else "-"]
 
 
-def count_spills(tool, folder):
-    texts, found = 0, 0
-    for path, (gpu, lanes) in itertools.product(sorted(folder.iterdir()), GPUS.items()):
-        if path.stem.split(" (")[0].endswith(f"-{lanes}"):
-            texts += 1
-            spills, scratch = spilt(gpu, said_of(tool, gpu, path, disassemble=False)[0])
-            if spills or scratch:
-                found += 1
-                print(f"{gpu}: {path.stem}: {spills} spills and fills, {scratch} bytes of scratch", flush=True)
-    print(f"{found} of {texts} spill")
-    return found != 0 or texts == 0
+def count_spills(tool, folder, every):
+    failed = False
+    for gpu in GPUS:
+        paths = sorted((folder / gpu).iterdir())[::every]
+        found = 0
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            said = pool.map(lambda path: said_of(tool, gpu, path, disassemble=False)[0], paths)
+            for path, said in zip(paths, said):
+                spills, scratch = spilt(gpu, said)
+                if spills or scratch:
+                    found += 1
+                    print(f"{gpu}: {path.name}: {spills} spills and fills, {scratch} bytes of scratch", flush=True)
+        print(f"{gpu}: {found} of {len(paths)} spill", flush=True)
+        failed |= found != 0 or not paths
+    return failed
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--tool", required=True, type=shlex.split, help="the command that compiles for a GPU")
-    p.add_argument("--spills", action="store_true", help="names what spills among the folder's own files, and tables nothing")
+    p.add_argument("--spills", action="store_true", help="names what spills, and tables nothing")
+    p.add_argument("--every", type=int, default=1, metavar="N", help="with --spills: looks at one text in N")
     p.add_argument("folder", type=pathlib.Path)
     args = p.parse_args()
     if args.spills:
-        sys.exit(count_spills(args.tool, args.folder))
+        sys.exit(count_spills(args.tool, args.folder, args.every))
     sides = sorted(x for x in args.folder.iterdir() if x.is_dir())
     sides.sort(key=lambda side: side.name != "qkv")
     # Of attention by head dim and K's and V's type; of products by the rows that a thread has and the weights' storage.

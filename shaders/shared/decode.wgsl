@@ -86,7 +86,7 @@ fn finish_row(work: Work, r: u32, m: f32, l: f32) -> vec2<f32> {
 {% if SPLIT %}
 // This part of a row in scratch: O, m and l.
 fn part_at(work: Work, row: vec2<u32>) -> u32 {
-    return P.weights_from + (row_number(work.b, row.x, row.y) * P.splits + work.split) * (P.value_dim + 2u);
+    return P.weights_from + (part_number(work.b, row.x, row.y) * P.splits + work.split) * (P.value_dim + 2u);
 }
 {% endif %}
 

@@ -32,6 +32,7 @@ struct Problem {
     k_blocks: u32,       // of the block map
     one: u32,            // 1, which no compiler knows
     pool: u32,           // pages of K and V
+    least_queries: u32, most_queries: u32, // of the ragged sequences that this launch is for
     // The first word of each packed table.
     cu_q_from: u32, cu_k_from: u32, kv_len_from: u32, q_offset_from: u32, prefix_len_from: u32,
     rows_from: u32, pages_from: u32, alibi_from: u32, t5_from: u32, sinks_from: u32,
@@ -90,6 +91,13 @@ fn q_count(b: u32) -> u32 {
 {% endif %}
 }
 
+{% if RAGGED_Q %}
+// Whether a sequence of so many queries is this launch's: long ones and short ones may go to kernels of their own.
+fn is_own(queries: u32) -> bool {
+    return queries >= P.least_queries && queries <= P.most_queries;
+}
+{% endif %}
+
 // The first key of batch row `kb` of K, and how many there are.
 fn k_start(kb: u32) -> u32 {
 {% if RAGGED_K %}
@@ -126,6 +134,14 @@ fn row_number(b: u32, h: u32, i: u32) -> u32 {
 {% endif %}
 }
 
+// The number of that row's parts in scratch, which short sequences have places of their own for.
+fn part_number(b: u32, h: u32, i: u32) -> u32 {
+{% if RAGGED_Q %}
+    if (P.most_queries < P.q_len) { return (h * P.batch + b) * P.most_queries + i; }
+{% endif %}
+    return row_number(b, h, i);
+}
+
 // Where key `j` of batch row `kb` lies in K and V, batch row and row: `rows` names the batch row that holds each
 // position, `pages` the page that holds each PAGE of them.
 fn place_of(kb: u32, j: u32) -> vec2<u32> {
@@ -156,7 +172,7 @@ fn block_at(n: u32, size: u32, per_query: u32) -> vec2<u32> {
 {% if RAGGED_Q %}
     var ahead = n;
     for (var b = 0u; b < P.batch; b += 1u) {
-        let blocks = (q_count(b) * per_query + size - 1u) / size;
+        let blocks = select(0u, (q_count(b) * per_query + size - 1u) / size, is_own(q_count(b)));
         if (ahead < blocks) { return vec2<u32>(b, ahead * size); }
         ahead -= blocks;
     }
@@ -171,6 +187,14 @@ fn block_at(n: u32, size: u32, per_query: u32) -> vec2<u32> {
 // sequence holds the row), head and query.
 fn row_at(n: u32) -> vec3<u32> {
     let per_kv = P.heads / P.kv_heads;
+{% if RAGGED_Q %}
+    if (P.most_queries < P.q_len) {
+        let b = n / P.most_queries % P.batch;
+        let i = n % P.most_queries;
+        let is_row = i < q_count(b) && is_own(q_count(b));
+        return vec3<u32>(select(P.batch, b, is_row), P.kv_from * per_kv + n / (P.most_queries * P.batch), i);
+    }
+{% endif %}
     let h = P.kv_from * per_kv + n / P.q_len % (P.kv_count * per_kv);
     let t = n % P.q_len;
 {% if RAGGED_Q %}

@@ -8,8 +8,8 @@ use super::super::problem::Problem;
 use super::coop::Coop;
 use super::launch::row_blocks;
 use super::{
-    ENOUGH_GROUPS, Route, SPLIT_AT_LEAST, WORKGROUP_MEMORY, by_lanes, choose_route, lanes,
-    prefill_keys, turns_left, whole_lanes,
+    ENOUGH_GROUPS, Route, SPLIT_AT_LEAST, WORKGROUP_MEMORY, by_lanes, choose_route, few_registers,
+    lanes, prefill_keys, turns_left, whole_lanes,
 };
 use crate::gpu::Caps;
 use crate::{Error, Result};
@@ -58,7 +58,11 @@ const MOST_GROUPS: u64 = 1024;
 /// Query rows of one KV head's group.
 fn group_rows(problem: &Problem) -> u32 {
     let group = problem.heads() / problem.kv_heads();
-    problem.q_len().saturating_mul(group)
+    match problem.few_queries() {
+        // Most short sequences are single tokens.
+        Some(few) => few.saturating_mul(group).min(group.max(4)),
+        None => problem.q_len().saturating_mul(group),
+    }
 }
 
 /// What a lane of a decode kernel holds for so many rows and keys: O; product, score and weight of each
@@ -72,8 +76,7 @@ fn decode_registers(problem: &Problem, lanes: Option<u32>, rows: u32, keys: u32)
 }
 
 /// The registers of a lane, roughly. A processor keeps what does not fit its registers in its nearest cache;
-/// small subgroups are Intel's, with 128 registers (8 rows spilled 37 to 312 of them there), and so may be a
-/// device without any.
+/// on Intel 8 rows spilled 37 to 312.
 fn register_room(caps: &Caps, lanes: Option<u32>) -> u32 {
     match (caps.software, lanes) {
         (true, Some(_)) => 300,
@@ -123,39 +126,40 @@ fn value_chunks(problem: &Problem, lanes: u32) -> u32 {
 impl Candidate {
     /// What is taken where nothing was measured: a table by capabilities.
     pub(super) fn by_table(problem: &Problem, caps: &Caps) -> Result<Candidate> {
-        let route = choose_route(problem, caps)?;
-        let lanes = lanes(caps);
-        Ok(match route {
+        Ok(match choose_route(problem, caps)? {
             Route::ThreePass => Candidate::three_pass(),
             Route::Prefill => Candidate::prefill_by_table(problem, caps),
-            Route::Decode => {
-                let subgroups = match lanes {
-                    Some(_) => Subgroups::Lanes,
-                    None => Subgroups::Unused,
-                };
-                let rows = decode_rows(problem, caps, lanes);
-                let room = register_room(caps, lanes);
-                // Several rows and keys share what is read; few rows would only use up registers, which a
-                // processor does not mind where most keys of a step are there.
-                let long = problem.k_len() >= 256
-                    && !problem.has_kv_len
-                    && !problem.options.batch_invariant;
-                let many = lanes.is_some()
-                    && (rows >= 4 || by_lanes(caps) && long)
-                    && decode_registers(problem, lanes, rows, 4) <= room;
-                Candidate {
-                    route,
-                    subgroups,
-                    rows,
-                    keys: if many { 4 } else { 1 },
-                    splits: match problem.options.splits {
-                        Some(splits) => splits,
-                        None => enough_splits(problem, caps, rows),
-                    },
-                    f16_math: false,
-                }
-            }
+            Route::Decode => Candidate::decode_by_table(problem, caps),
         })
+    }
+
+    /// What the table takes on the decode route.
+    pub(super) fn decode_by_table(problem: &Problem, caps: &Caps) -> Candidate {
+        let lanes = lanes(caps);
+        let subgroups = match lanes {
+            Some(_) => Subgroups::Lanes,
+            None => Subgroups::Unused,
+        };
+        let rows = decode_rows(problem, caps, lanes);
+        let room = register_room(caps, lanes);
+        // Several rows and keys share what is read; few rows would only use up registers, which a processor
+        // does not mind where most keys of a step are there.
+        let long =
+            problem.k_len() >= 256 && !problem.has_kv_len && !problem.options.batch_invariant;
+        let many = lanes.is_some()
+            && (rows >= 4 || by_lanes(caps) && long)
+            && decode_registers(problem, lanes, rows, 4) <= room;
+        Candidate {
+            route: Route::Decode,
+            subgroups,
+            rows,
+            keys: if many { 4 } else { 1 },
+            splits: match problem.options.splits {
+                Some(splits) => splits,
+                None => enough_splits(problem, caps, rows),
+            },
+            f16_math: false,
+        }
     }
 
     /// What the table takes on the prefill route.
@@ -178,7 +182,8 @@ impl Candidate {
                 } else {
                     Subgroups::Unused
                 };
-                let rows = if problem.value_dim() <= 32 { 4 } else { 2 };
+                let narrow = problem.value_dim() <= 32 && !few_registers(caps);
+                let rows = if narrow { 4 } else { 2 };
                 Candidate {
                     f16_math: problem.options.f16_math,
                     ..Candidate::prefill(subgroups, rows)
@@ -255,7 +260,7 @@ impl Candidate {
         let (true, Ok(table)) = (problem.is_tunable(), Candidate::by_table(problem, caps)) else {
             return Vec::new();
         };
-        let rows = group_rows(problem);
+        let (rows, few) = (group_rows(problem), few_registers(caps));
         let mut all = vec![table];
         if problem.q_len() > 1 || rows > 8 {
             all.push(Candidate::prefill(Subgroups::Matrices, 1));
@@ -269,9 +274,11 @@ impl Candidate {
             }
             // On a processor each lane's read of workgroup memory is one of its own.
             if !by_lanes(caps) {
+                // Four rows spill where registers are few.
+                let sizes = if few { &[2][..] } else { &[2, 4] };
                 for subgroups in [Subgroups::Maxima, Subgroups::Unused] {
                     for f16_math in [false, true] {
-                        all.extend([2, 4].map(|n| Candidate {
+                        all.extend(sizes.iter().map(|&n| Candidate {
                             f16_math,
                             ..Candidate::prefill(subgroups, n)
                         }));
@@ -296,11 +303,14 @@ impl Candidate {
                 // Half of the rows reads K and V twice as often, which a processor never hides.
                 let half = (!by_lanes(caps)).then_some(table / 2);
                 let double = Some(2 * table).filter(|&n| n <= rows.next_power_of_two());
+                // What is read for four keys of more than 256 value columns spills where registers are few.
+                let wide = few && problem.value_dim() > 256;
+                let sizes = if wide { &[1][..] } else { &[4, 1] };
                 for n in [Some(table), half, double].into_iter().flatten() {
-                    for keys in [4, 1] {
-                        if decode_registers(problem, lanes, n, keys)
-                            <= 2 * register_room(caps, lanes)
-                        {
+                    for &keys in sizes {
+                        // A guess, which a measurement may put right, but where registers are few.
+                        let room = register_room(caps, lanes) * if few { 1 } else { 2 };
+                        if decode_registers(problem, lanes, n, keys) <= room {
                             (candidate.rows, candidate.keys) = (n, keys);
                             candidate.splits = enough_splits(problem, caps, n.max(1));
                             all.push(candidate);
@@ -336,9 +346,13 @@ impl Candidate {
     }
 }
 
-/// Workgroups of a decode kernel over the whole key axis.
+/// Workgroups of a decode kernel over the whole key axis that have rows.
 fn decode_groups(problem: &Problem, rows: u32) -> u64 {
-    problem.kv_heads() as u64 * row_blocks(problem, problem.batch, rows)
+    let blocks = match problem.few_queries() {
+        Some(_) => problem.batch as u64,
+        None => row_blocks(problem, problem.batch, rows),
+    };
+    problem.kv_heads() as u64 * blocks
 }
 
 fn three_pass_fits(problem: &Problem, caps: &Caps) -> bool {

@@ -76,9 +76,10 @@ pub(super) struct Kernel {
 pub(super) fn row_blocks(problem: &Problem, batch: u32, size: u32) -> u64 {
     let group = problem.heads() / problem.kv_heads();
     let rows = problem.q_len() as u64 * group as u64;
-    match problem.ragged_q {
-        true => rows / size as u64 + problem.batch as u64,
-        false => batch as u64 * rows.div_ceil(size as u64),
+    match problem.few_queries() {
+        Some(few) => batch as u64 * (few as u64 * group as u64).div_ceil(size as u64),
+        None if problem.ragged_q => rows / size as u64 + problem.batch as u64,
+        None => batch as u64 * rows.div_ceil(size as u64),
     }
 }
 
@@ -94,7 +95,15 @@ impl Planner<'_> {
             true => 1,
             false => (part.batch[1] - part.batch[0]) as u64,
         };
-        batch * heads * self.problem.q_len() as u64
+        batch * heads * self.rows_of_head()
+    }
+
+    /// Rows of a head, of one batch row or of all ragged sequences; of short ones as many as these may have.
+    fn rows_of_head(&self) -> u64 {
+        match self.problem.few_queries() {
+            Some(few) => self.problem.batch as u64 * few as u64,
+            None => self.problem.q_len() as u64,
+        }
     }
 
     /// Blocks of `size` rows over the batch rows of a part.
@@ -191,9 +200,8 @@ impl Planner<'_> {
             (_, true) => [0, problem.k.extents[0]],
             _ => [part.batch[0] / share, part.batch[1].div_ceil(share)],
         };
-        let rows = |width: u64| {
-            let q_len = problem.q_len() as u64;
-            let row = |b: u32, h: u32| (b as u64 * problem.heads() as u64 + h as u64) * q_len;
+        let rows = |width: u64, of_head: u64| {
+            let row = |b: u32, h: u32| (b as u64 * problem.heads() as u64 + h as u64) * of_head;
             let last = row(batch[1].max(1) - 1, heads[1]);
             ([row(batch[0], heads[0]) * width, last * width], 4)
         };
@@ -210,11 +218,12 @@ impl Planner<'_> {
                 (problem.bias?.span(part.batch, heads), size)
             }
             "mask" => (problem.mask?.span(part.batch, heads), 1),
-            "weights" | "stage" => rows(problem.k_len() as u64),
+            "weights" | "stage" => rows(problem.k_len() as u64, problem.q_len() as u64),
             "parts" if self.plan.splits > 1 => {
-                rows(self.plan.splits as u64 * (problem.value_dim() as u64 + 2))
+                let width = self.plan.splits as u64 * (problem.value_dim() as u64 + 2);
+                rows(width, self.rows_of_head())
             }
-            "lse" if problem.wants_lse => rows(1),
+            "lse" if problem.wants_lse => rows(1, problem.q_len() as u64),
             _ => return None,
         };
         if span[0] >= span[1] {

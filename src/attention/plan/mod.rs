@@ -51,6 +51,8 @@ pub struct Plan {
     pub route: Route,
     /// What was chosen: the kernel and its sizes.
     pub candidate: Candidate,
+    /// Where ragged sequences of few queries go to a kernel of their own: the most queries, and what was chosen.
+    pub short: Option<(u32, Candidate)>,
     /// Whether a measurement on the device chose it, rather than the table by capabilities.
     pub tuned: bool,
     /// The kernels, in order.
@@ -63,7 +65,7 @@ pub struct Plan {
     pub scratch: u64,
 }
 
-/// Query rows of one KV head's group up to which `decode` is taken; half as many on a processor.
+/// Query rows of one KV head's group that are few; half as many on a processor.
 const FEW_ROWS: u32 = 16;
 /// Keys below which the key axis is not split.
 const SPLIT_AT_LEAST: u32 = 512;
@@ -130,7 +132,11 @@ pub fn plan_with(problem: &Problem, caps: &Caps, tuned: Option<Candidate>) -> Re
         return Ok(plan);
     }
     let options = &problem.options;
-    let launch = match lay_out(problem, caps, Candidate::by_table(problem, caps)?)? {
+    let table = Candidate::by_table(problem, caps)?;
+    if let Some(plan) = by_length(problem, caps, table) {
+        return Ok(plan);
+    }
+    let launch = match lay_out(problem, caps, table)? {
         Ok(plan) => return Ok(plan),
         Err(launch) => launch,
     };
@@ -148,6 +154,32 @@ pub fn plan_with(problem: &Problem, caps: &Caps, tuned: Option<Candidate>) -> Re
         names.join(", "),
         format!("this device binds {} at once", caps.storage_buffers),
     ))
+}
+
+/// Where ragged sequences go to `prefill`, those of few queries to `decode` instead, which wastes less on them and
+/// splits their keys; none where nothing is free to choose or one of both cannot be laid out.
+fn by_length(problem: &Problem, caps: &Caps, table: Candidate) -> Option<Plan> {
+    let options = &problem.options;
+    let free = options.route.is_none() && !options.f16_math;
+    if !(free && problem.ragged_q && problem.batch > 1 && table.route == Route::Prefill) {
+        return None;
+    }
+    let few = (few_rows(caps) / (problem.heads() / problem.kv_heads())).max(1);
+    let [short, long] = [[0, few], [few + 1, u32::MAX]].map(|queries| Problem {
+        queries,
+        ..problem.clone()
+    });
+    let decode = Candidate::decode_by_table(&short, caps);
+    let (Ok(Ok(mut plan)), Ok(Ok(short))) =
+        (lay_out(&long, caps, table), lay_out(&short, caps, decode))
+    else {
+        return None;
+    };
+    plan.launches.extend(short.launches);
+    plan.scratch = plan.scratch.max(short.scratch);
+    (plan.splits, plan.split_len) = (short.splits, short.split_len);
+    plan.short = Some((few, decode));
+    Some(plan)
 }
 
 /// The plan of a candidate, or a launch of it that binds more than the device allows even with the small tables packed
@@ -188,6 +220,7 @@ fn launches(problem: &Problem, caps: &Caps, candidate: Candidate, packed: bool) 
         plan: Plan {
             route: candidate.route,
             candidate,
+            short: None,
             tuned: false,
             launches: Vec::new(),
             splits: 1,
@@ -220,10 +253,21 @@ fn by_lanes(caps: &Caps) -> bool {
     caps.software && whole_lanes(caps).is_some()
 }
 
+/// Whether a lane may have 128 registers and no more: small subgroups are Intel's, and so may be a device without
+/// any.
+fn few_registers(caps: &Caps) -> bool {
+    !caps.software && caps.subgroups.is_none_or(|(least, _)| least < 32)
+}
+
 /// Turns that are left for the keys: those that look for a row's sequence come first.
 fn turns_left(problem: &Problem) -> u64 {
     let sequences = if problem.ragged_q { problem.batch } else { 0 };
     TURNS - sequences as u64
+}
+
+/// Query rows of one KV head's group up to which `decode` is taken.
+fn few_rows(caps: &Caps) -> u32 {
+    FEW_ROWS / if by_lanes(caps) { 2 } else { 1 }
 }
 
 /// The longest key axis of a candidate of the prefill route.
@@ -252,7 +296,6 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
     let rows = problem
         .q_len()
         .saturating_mul(problem.heads() / problem.kv_heads());
-    let few = FEW_ROWS / if by_lanes(caps) { 2 } else { 1 };
     let prefill = Candidate::prefill_by_table(problem, caps);
     let route = match (problem.wants_weights, problem.options.route) {
         (true, None | Some(Route::ThreePass)) => Route::ThreePass,
@@ -276,7 +319,7 @@ fn choose_route(problem: &Problem, caps: &Caps) -> Result<Route> {
         (false, None) if problem.k_len() as u64 > prefill_keys(problem, caps, prefill) => {
             Route::Decode
         }
-        (false, None) if rows <= few || problem.q_len() == 1 => Route::Decode,
+        (false, None) if rows <= few_rows(caps) || problem.q_len() == 1 => Route::Decode,
         (false, None) => Route::Prefill,
     };
     if problem.options.f16_math && route != Route::Prefill {

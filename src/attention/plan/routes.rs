@@ -3,7 +3,9 @@
 use super::super::problem::Stage;
 use super::coop::{self, Coop};
 use super::launch::{Kernel, Part, Planner, Uses};
-use super::{INVARIANT_SPLIT, Subgroups, THREADS, by_lanes, prefill_keys, turns_left};
+use super::{
+    INVARIANT_SPLIT, Subgroups, THREADS, by_lanes, few_registers, prefill_keys, turns_left,
+};
 use crate::{Error, Result};
 
 impl Planner<'_> {
@@ -113,8 +115,6 @@ impl Planner<'_> {
         let chunks = dv.div_ceil(columns).min(4);
         // Value columns of a workgroup.
         let share = coop.map_or(chunks * columns, |coop| coop.columns());
-        // Small subgroups are Intel's, and so may be a device without any.
-        let few_registers = self.caps.subgroups.is_none_or(|(least, _)| least < 32);
         self.make_parts(&["q", "k", "v", "o", "lse"])?;
         if problem.k_len() as u64 > prefill_keys(problem, self.caps, candidate) {
             return Err(Error::refused(
@@ -199,7 +199,7 @@ impl Planner<'_> {
                     .with("ROWS", candidate.rows)
                     .with("F16_MATH", candidate.f16_math)
                     .with("SUBGROUPS", candidate.subgroups == Subgroups::Maxima)
-                    .with("FEW_REGISTERS", few_registers)
+                    .with("FEW_REGISTERS", few_registers(self.caps))
                     .with("V_CHUNKS", chunks),
             };
             self.launch(
@@ -288,6 +288,7 @@ impl Planner<'_> {
                 Some(lanes) => base("decode_lanes")
                     .with("LANES", lanes)
                     .with("KEYS", keys)
+                    .with("FEW_REGISTERS", few_registers(self.caps))
                     .with("Q_BY_LANES", by_lanes(self.caps))
                     .with("CHUNKS", v_quads.div_ceil(lanes))
                     .with("V_WHOLE", dv.is_multiple_of(4 * lanes)),

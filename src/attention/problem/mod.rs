@@ -38,6 +38,8 @@ pub struct Problem {
     pub(crate) has_prefix: bool,
     pub(crate) ragged_q: bool,
     pub(crate) ragged_k: bool,
+    /// Ragged sequences of so many queries, at least and at most, are these launches'; others have their own.
+    pub(crate) queries: [u32; 2],
     pub(crate) has_rows: bool,
     /// Pages of each batch row of K, which they are B of; K and V are pools.
     pub(crate) pages: Option<[u32; 2]>,
@@ -82,6 +84,7 @@ impl Problem {
             has_prefix: tensors.prefix_len.is_some(),
             ragged_q: tensors.cu_q.is_some(),
             ragged_k: tensors.cu_k.is_some(),
+            queries: [0, u32::MAX],
             has_rows: tensors.rows.is_some(),
             pages: tensors.pages.map(|pages| [pages.shape[0], pages.shape[1]]),
             has_alibi: tensors.alibi.is_some(),
@@ -135,6 +138,12 @@ impl Problem {
     /// Q; of ragged sequences the rows of all together.
     pub(crate) fn q_len(&self) -> u32 {
         self.q.extents[2]
+    }
+
+    /// The most queries of a sequence, where a plan is for short ones alone.
+    pub(crate) fn few_queries(&self) -> Option<u32> {
+        let [_, most] = self.queries;
+        Some(most).filter(|&most| self.ragged_q && most < self.q_len())
     }
 
     pub(crate) fn k_len(&self) -> u32 {
@@ -532,7 +541,9 @@ pub(crate) struct Params {
     pub k_blocks: u32,
     pub one: u32,
     pub pool: u32,
+    pub queries: [u32; 2],
     pub tables_from: [u32; 10],
+    pub pad: [u32; 2],
 }
 
 impl Problem {
@@ -579,6 +590,7 @@ impl Problem {
             right: right.unwrap_or(0),
             splits,
             split_len,
+            queries: self.queries,
             t5_buckets: self.t5_buckets,
             t5_distance: self
                 .options

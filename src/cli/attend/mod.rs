@@ -181,6 +181,14 @@ fn explain(gpu: &Gpu, problem: &Problem, plan: &Plan) -> String {
     let mut line = |name: &str, value: String| text += &format!("{name:<12}{value}\n");
     line("route", route_name(plan.route).to_string());
     line("chosen", plan.candidate.to_string());
+    if let Some((few, candidate)) = plan.short {
+        let who = if few == 1 {
+            "one query"
+        } else {
+            &format!("{few} queries at most")
+        };
+        line("short", format!("{candidate}, for sequences of {who}"));
+    }
     line("why", why(gpu, problem, plan));
     line(
         "splits",
