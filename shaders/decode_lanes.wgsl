@@ -23,7 +23,7 @@ enable subgroups;
 {% include "shared/decode.wgsl" %}
 {% set CAREFUL = FEW_SEE or HAS_BIAS or HAS_SCORE_MOD or HAS_MASK or HAS_MASK_MOD %}
 
-{# Each row's head and position, kept for its scores, and the values unrolled are 5 spills on DG2. #}
+{# With the heads and positions of rows, which these scores keep, the values unrolled spilled on DG2. #}
 {% set VALUES_ROLL = " * P.one" if FEW_REGISTERS and (HAS_ALIBI or HAS_T5) else ROLL %}
 
 const ROWS = {{ ROWS }}u;

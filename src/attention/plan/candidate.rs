@@ -305,9 +305,9 @@ impl Candidate {
                 let double = Some(2 * table).filter(|&n| n <= rows.next_power_of_two());
                 // What is read for four keys of more than 256 value columns spills where registers are few.
                 let wide = few && problem.value_dim() > 256;
-                let sizes = if wide { &[1][..] } else { &[4, 1] };
+                let keys_of_lane = if wide { &[1][..] } else { &[4, 1] };
                 for n in [Some(table), half, double].into_iter().flatten() {
-                    for &keys in sizes {
+                    for &keys in keys_of_lane {
                         // A guess, which a measurement may put right, but where registers are few.
                         let room = register_room(caps, lanes) * if few { 1 } else { 2 };
                         if decode_registers(problem, lanes, n, keys) <= room {

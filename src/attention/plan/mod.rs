@@ -47,7 +47,7 @@ pub struct Launch {
 /// What will run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// The route taken.
+    /// The route taken; of ragged sequences that of the long ones.
     pub route: Route,
     /// What was chosen: the kernel and its sizes.
     pub candidate: Candidate,
@@ -57,7 +57,7 @@ pub struct Plan {
     pub tuned: bool,
     /// The kernels, in order.
     pub launches: Vec<Launch>,
-    /// Parts of the key axis.
+    /// Parts of the key axis; of ragged sequences that of the short ones.
     pub splits: u32,
     /// Keys in each part.
     pub split_len: u32,
