@@ -329,6 +329,14 @@ fn explain_prints_the_plan() {
     ] {
         assert!(said.contains(says), "{says:?} is not in: {said}");
     }
+    let (said, _) = Desk::ragged().good(&["--explain"]);
+    for says in [
+        "route       prefill\n",
+        "short       decode",
+        "queries at most\n",
+    ] {
+        assert!(said.contains(says), "{says:?} is not in: {said}");
+    }
     // Nothing but the plan is wanted: nothing runs.
     let mut command = Command::new(env!("CARGO_BIN_EXE_qkv"));
     let command = command.arg("attend").arg(long.path("in.safetensors"));
